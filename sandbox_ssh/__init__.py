@@ -1,0 +1,1 @@
+"""Disposable Linux machines over SSH."""

@@ -1,0 +1,99 @@
+"""A cgroup for each sandbox: what it used, and an end for all that runs in it (cgroups(7)).
+
+Where no cgroup v2 tree may be written, sandboxes have none: their usage is then what wait4(2) tells of their
+processes, and `sandbox-ssh doctor` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    cpu_seconds: float
+    memory_peak_bytes: int
+
+
+class Cgroups:
+    """The subtree that sandboxes live in, or nothing where there is none to be had."""
+
+    def __init__(self, name: str) -> None:
+        self._root = _subtree(name)
+
+    @property
+    def available(self) -> bool:
+        return self._root is not None
+
+    def create(self, sandbox: str) -> int | None:
+        """A descriptor of a new cgroup's directory."""
+        if self._root is None:
+            return None
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(sandbox, dir_fd=self._root)
+        return os.open(sandbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root)
+
+    def remove(self, sandbox: str, cgroup: int | None) -> bool:
+        """Kill what is left and remove the cgroup; False while something in it still lives."""
+        if self._root is None or cgroup is None:
+            return True
+        try:
+            os.rmdir(sandbox, dir_fd=self._root)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            with contextlib.suppress(OSError):
+                _write(cgroup, "cgroup.kill", "1")  # Linux 5.14
+            return False
+        return True
+
+
+def usage(cgroup: int | None) -> Usage | None:
+    """CPU time of all that ever ran in a cgroup, and the most memory at once where it has a memory controller."""
+    if cgroup is None:
+        return None
+    try:
+        fields = dict(line.split() for line in _read(cgroup, "cpu.stat").splitlines())
+        cpu = int(fields["usage_usec"]) / 1e6
+    except (OSError, ValueError, KeyError):
+        return None
+    peak = 0
+    with contextlib.suppress(OSError, ValueError):
+        peak = int(_read(cgroup, "memory.peak"))  # Linux 5.19
+    return Usage(cpu, peak)
+
+
+def _subtree(name: str) -> int | None:
+    """Our own cgroup's subtree: the caller moves aside, for processes live in leaves only (cgroups(7))."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        point = next(fields[4] for fields in map(str.split, mounts) if fields[fields.index("-") + 1] == "cgroup2")
+        tree = Path(point + own) / name
+        tree.mkdir(exist_ok=True)
+        directory = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, StopIteration, ValueError):
+        return None
+    with contextlib.suppress(OSError):
+        controllers = _read(directory, "cgroup.controllers").split()
+        _write(directory, "cgroup.subtree_control", " ".join(f"+{c}" for c in controllers if c in ("cpu", "memory", "pids")))
+    return directory
+
+
+def _read(directory: int, name: str) -> str:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return os.read(fd, 65536).decode()
+    finally:
+        os.close(fd)
+
+
+def _write(directory: int, name: str, text: str) -> None:
+    fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

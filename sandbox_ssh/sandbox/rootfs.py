@@ -1,0 +1,316 @@
+"""The file system that a sandbox starts with: what is prepared once for a node, and the recipe for each sandbox.
+
+The recipe runs in a process of S (service mode: the host's root) with a mount namespace of its own, *before* the
+tenant's user namespace exists. That is what makes it binding: mounts that were there when a mount namespace was
+copied into a less privileged one are locked (mount_namespaces(7)); a mask or a read-only bind made inside the
+tenant's own namespace could be undone by the tenant.
+
+/proc and /sys: the kernel lets a user namespace mount a new procfs or sysfs only where a complete one is visible
+already (fs/namespace.c, mount_too_revealing). The host's would show the host's processes to a tenant who unmounts
+what lies above. So each sandbox gets, below the instances that PID 1 mounts for itself, those of a pid namespace
+and a net namespace that died when they were made: complete, and empty of processes and interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox_ssh.errors import SandboxError
+from sandbox_ssh.sandbox import syscalls as sys
+from sandbox_ssh.sandbox.holder import Holder
+
+HOST_IMAGE = "host"
+_NODES = ("null", "zero", "full", "random", "urandom", "tty")
+_TMPFS = sys.MS_NOSUID | sys.MS_NODEV
+_SPECIAL = sys.MS_NOSUID | sys.MS_NODEV | sys.MS_NOEXEC
+
+# What a shell and common tools read of /etc, none of it secret on any distribution. Everything else is ours.
+_ETC_FROM_HOST = (
+    "alternatives", "bash.bashrc", "bindresvport.blacklist", "ca-certificates", "debian_version", "default/locale",
+    "fonts", "gai.conf", "host.conf", "inputrc", "java-17-openjdk", "java-21-openjdk", "ld.so.cache", "ld.so.conf",
+    "ld.so.conf.d", "locale.alias", "localtime", "login.defs", "lsb-release", "mime.types", "networks", "perl",
+    "profile", "protocols", "python3", "rpc", "services", "skel", "ssl/certs", "ssl/openssl.cnf", "terminfo",
+    "timezone", "vim", "xattr.conf",
+)  # fmt: skip
+
+_PASSWD = """\
+root:x:0:0:root:/root:/bin/bash
+daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin
+bin:x:2:2:bin:/bin:/usr/sbin/nologin
+sys:x:3:3:sys:/dev:/usr/sbin/nologin
+games:x:5:60:games:/usr/games:/usr/sbin/nologin
+man:x:6:12:man:/var/cache/man:/usr/sbin/nologin
+mail:x:8:8:mail:/var/mail:/usr/sbin/nologin
+www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin
+_apt:x:42:65534::/nonexistent:/usr/sbin/nologin
+user:x:1000:1000:user:/home/user:/bin/bash
+nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
+"""
+_GROUP = """\
+root:x:0:
+daemon:x:1:
+bin:x:2:
+sys:x:3:
+adm:x:4:
+tty:x:5:
+disk:x:6:
+man:x:12:
+mail:x:8:
+sudo:x:27:
+www-data:x:33:
+shadow:x:42:
+utmp:x:43:
+staff:x:50:
+games:x:60:
+user:x:1000:
+nogroup:x:65534:
+"""
+_ETC = {
+    "passwd": _PASSWD,
+    "group": _GROUP,
+    "shadow": "".join(f"{line.split(':')[0]}:*:19000:0:99999:7:::\n" for line in _PASSWD.splitlines()),
+    "gshadow": "".join(f"{line.split(':')[0]}:*::\n" for line in _GROUP.splitlines()),
+    "subuid": "",
+    "subgid": "",
+    "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n"
+    "networks: files\nprotocols: files\nservices: files\n",
+    "shells": "/bin/sh\n/bin/bash\n/usr/bin/sh\n/usr/bin/bash\n",
+    "fstab": "",
+    "motd": "",
+}
+_DIRECTORIES = (
+    ("etc", 0o755), ("home", 0o755), ("media", 0o755), ("mnt", 0o755), ("opt", 0o755), ("srv", 0o755),
+    ("root", 0o700), ("usr", 0o755), ("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755),
+    ("tmp", 0o1777), ("var", 0o755), ("var/cache", 0o755), ("var/lib", 0o755), ("var/local", 0o755),
+    ("var/log", 0o755), ("var/mail", 0o755), ("var/opt", 0o755), ("var/spool", 0o755), ("var/tmp", 0o1777),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What `build` needs of a sandbox's specification; sizes in bytes."""
+
+    image: str
+    hostname: str
+    disk_bytes: int
+    disk_inodes: int
+    tmp_bytes: int
+    shm_bytes: int
+    ptys: int
+
+
+class Base:
+    """What all sandboxes of a node share, mounted once below the working directory of the process that makes it.
+
+    The working directory, because it is the one place that the kernel moves along when a builder copies the mount
+    namespace; a descriptor would still mean the mount of the old one, and open_tree(2) of a detached mount needs
+    Linux 6.15. The caller is root of S in a private mount namespace; `work` and `images` are directories.
+    """
+
+    def __init__(self, work: str, images: str, init_user_namespace: bool) -> None:
+        self._privileged = init_user_namespace
+        tree = sys.open_tree(sys.AT_FDCWD, images, sys.OPEN_TREE_CLONE)
+        sys.mount("tmpfs", work, "tmpfs", _TMPFS, "mode=0755,size=64m")
+        os.chdir(work)
+        for name in ("images", "proc", "sys", "usr", "dev", "skeleton", "upper"):
+            os.mkdir(name, 0o755)
+        sys.move_mount(tree, "images")
+        os.close(tree)
+        for name, donated in zip(("proc", "sys"), _donate(), strict=True):
+            sys.move_mount(donated, name)
+            os.close(donated)
+        sys.mount("/usr", "usr", None, sys.MS_BIND)
+        self._make_dev()
+        self._make_skeleton()
+
+    def _make_dev(self) -> None:
+        """/dev: its nodes bound from the host's and checked to be what they are called (CVE-2025-31133)."""
+        dev = "dev"
+        sys.mount("tmpfs", dev, "tmpfs", sys.MS_NOSUID | sys.MS_NOEXEC, "mode=0755,size=64k,nr_inodes=64")
+        for name in (*_NODES, "net/tun"):
+            source = f"/dev/{name}"
+            if not os.path.exists(source):
+                continue
+            if not stat.S_ISCHR(os.lstat(source).st_mode):
+                raise SandboxError(f"{source} is not a character device: the host's /dev is not in order")
+            os.makedirs(os.path.dirname(f"{dev}/{name}"), exist_ok=True)
+            os.close(os.open(f"{dev}/{name}", os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            sys.mount(source, f"{dev}/{name}", None, sys.MS_BIND)
+        for name, target in (
+            ("fd", "/proc/self/fd"),
+            ("stdin", "/proc/self/fd/0"),
+            ("stdout", "/proc/self/fd/1"),
+            ("stderr", "/proc/self/fd/2"),
+            ("ptmx", "pts/ptmx"),
+        ):
+            os.symlink(target, f"{dev}/{name}")
+        for name in ("pts", "shm", "mqueue"):
+            os.mkdir(f"{dev}/{name}")
+        sys.mount(None, dev, None, sys.MS_REMOUNT | sys.MS_BIND | sys.MS_RDONLY | sys.MS_NOSUID | sys.MS_NOEXEC)
+
+    def _make_skeleton(self) -> None:
+        """The image `host` without its /usr: an /etc of our own and the directories that programs expect."""
+        root = "skeleton"
+        sys.mount("tmpfs", root, "tmpfs", _TMPFS, "mode=0755,size=64m")
+        for name, mode in _DIRECTORIES:
+            os.mkdir(f"{root}/{name}")
+            os.chmod(f"{root}/{name}", mode)
+        os.symlink("/run", f"{root}/var/run")
+        os.symlink("/run/lock", f"{root}/var/lock")
+        for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+            if os.path.islink(f"/{name}") and os.path.isdir(f"/usr/{name}"):
+                os.symlink(f"usr/{name}", f"{root}/{name}")
+        for name in _ETC_FROM_HOST:
+            _copy_public(Path("/etc") / name, Path(root) / "etc" / name)
+        for name, text in _ETC.items():
+            path = f"{root}/etc/{name}"
+            Path(path).write_text(text)
+            os.chmod(path, 0o640 if name in ("shadow", "gshadow") else 0o644)
+        if os.path.exists("/usr/lib/os-release"):
+            os.symlink("../usr/lib/os-release", f"{root}/etc/os-release")
+        os.symlink("/proc/self/mounts", f"{root}/etc/mtab")
+        if Path(root, "etc/skel").is_dir():
+            shutil.copytree(f"{root}/etc/skel", f"{root}/root", dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(f"{root}/etc/skel", f"{root}/home/user", symlinks=True)
+
+    def has_image(self, name: str) -> bool:
+        if name == HOST_IMAGE:
+            return True
+        try:
+            os.stat(f"images/{name}/rootfs")
+        except OSError:
+            return False
+        return True
+
+    def build(self, layout: Layout, holder: Holder) -> int:
+        """Make the sandbox's root the root of the calling process, in a mount namespace of its own.
+
+        Returns a descriptor of its /dev/pts: PTYs are opened through it, never through a path that a tenant can
+        mount over (CVE-2025-52565). Raises `OSError` for the step that failed.
+        """
+        unpacked = layout.image != HOST_IMAGE
+        root = holder.ids.root_unpacked if unpacked else holder.ids.root
+        sys.unshare(sys.CLONE_NEWNS)
+        # The upper: one tmpfs for all that the tenant writes outside of /tmp and /dev/shm; its size is the quota.
+        shared = [
+            (sys.open_tree(sys.AT_FDCWD, name, sys.OPEN_TREE_CLONE | recursive), target)
+            for name, target, recursive in (("dev", "/dev", sys.AT_RECURSIVE), ("proc", "/proc", 0), ("sys", "/sys", 0))
+        ]
+        sys.mount(
+            "tmpfs", "upper", "tmpfs", _TMPFS & ~sys.MS_NOSUID,
+            f"mode=0755,size={layout.disk_bytes},nr_inodes={layout.disk_inodes}",
+        )  # fmt: skip
+        if unpacked:
+            layers = [(f"images/{layout.image}/rootfs", "", "root")]
+        else:
+            layers = [("skeleton", "", "root"), ("usr", "usr-", "root/usr")]
+        lowers = [sys.open_tree(sys.AT_FDCWD, lower, sys.OPEN_TREE_CLONE) for lower, _, _ in layers]
+        os.chdir("upper")
+        for name in ("root", "lower", "upper", "work", "usr-lower", "usr-upper", "usr-work"):
+            os.mkdir(name, 0o755)
+        for tree, (_, prefix, target) in zip(lowers, layers, strict=True):
+            self._overlay(tree, prefix, target, root, holder)
+        # From here on every path is the sandbox's: an image's symbolic link leads nowhere else (CVE-2021-30465).
+        os.chdir("root")
+        sys.pivot_root(".", ".")
+        sys.umount(".", sys.MNT_DETACH)
+        os.chdir("/")
+        for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755), ("tmp", 0o1777), ("etc", 0o755)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, mode)
+                os.chown(name, root, root)
+        for tree, target in shared:
+            sys.move_mount(tree, target)
+            os.close(tree)
+        tty = root + 5 if holder.ids.holder.extents[0][2] > 1 else root
+        sys.mount(
+            "devpts", "/dev/pts", "devpts", sys.MS_NOSUID | sys.MS_NOEXEC,
+            f"newinstance,ptmxmode=0666,mode=0620,gid={tty},max={layout.ptys}",
+        )  # fmt: skip
+        owner = f"uid={root},gid={root}"
+        sys.mount("tmpfs", "/dev/shm", "tmpfs", _TMPFS, f"mode=1777,{owner},size={layout.shm_bytes}")
+        sys.mount("tmpfs", "/tmp", "tmpfs", _TMPFS, f"mode=1777,{owner},size={layout.tmp_bytes},nr_inodes={layout.disk_inodes}")
+        sys.mount("tmpfs", "/run", "tmpfs", _TMPFS, f"mode=0755,{owner},size=16m,nr_inodes=4096")
+        _write_names(layout.hostname, root)
+        return os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _overlay(self, tree: int, prefix: str, target: str, root: int, holder: Holder) -> None:
+        """An overlay whose lower layer's owners are the tenant's, where the file system can map them."""
+        # A file system mounted by another user namespace than ours cannot be mapped by us (EPERM), and some cannot
+        # at all (EINVAL): its files then belong to `nobody` inside, readable and not writable.
+        with contextlib.suppress(PermissionError) if not self._privileged else contextlib.suppress(OSError):
+            sys.mount_setattr(tree, set_flags=sys.MOUNT_ATTR_IDMAP, userns=holder.owner)
+        sys.move_mount(tree, f"{prefix}lower")
+        os.close(tree)
+        source = os.stat(f"{prefix}lower")
+        os.chmod(f"{prefix}upper", stat.S_IMODE(source.st_mode))
+        os.chown(f"{prefix}upper", root, root)
+        # trusted.* attributes are for the initial namespace's root; elsewhere overlayfs keeps its notes in user.*
+        data = f"lowerdir={prefix}lower,upperdir={prefix}upper,workdir={prefix}work"
+        sys.mount("overlay", target, "overlay", sys.MS_NODEV, data if self._privileged else f"{data},userxattr")
+
+
+def _donate() -> tuple[int, int]:
+    """Detached mounts of the procfs and the sysfs of a pid and a net namespace that are gone when this returns."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.unshare(sys.CLONE_NEWPID | sys.CLONE_NEWNET)
+            if os.fork() == 0:
+                fds = [sys.fsmount("proc", _SPECIAL), sys.fsmount("sysfs", _SPECIAL)]
+                socket.send_fds(theirs, [b"+"], fds)
+                os._exit(0)
+            os.wait()
+        except OSError as error:
+            theirs.send(str(error).encode()[:512])
+        finally:
+            os._exit(0)
+    theirs.close()
+    message, fds, _, _ = socket.recv_fds(ours, 512, 2, socket.MSG_CMSG_CLOEXEC)
+    os.waitpid(pid, 0)
+    ours.close()
+    if len(fds) != 2:
+        raise SandboxError(f"a proc and a sysfs for sandboxes could not be made: {message.decode(errors='replace')}")
+    return fds[0], fds[1]
+
+
+def _copy_public(source: Path, target: Path) -> None:
+    """Copy a file or tree of the host's /etc, world-readable parts only, links as links."""
+
+    def readable(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if not _public(Path(directory, name))}
+
+    if not source.exists() or not _public(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, ignore=readable)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _public(path: Path) -> bool:
+    mode = path.lstat().st_mode
+    return (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and bool(mode & stat.S_IROTH)
+
+
+def _write_names(hostname: str, root: int) -> None:
+    """hostname, hosts and resolv.conf: ours, whatever an image has there (a link into /run, often)."""
+    for name, text in (
+        ("/etc/hostname", f"{hostname}\n"),
+        ("/etc/hosts", f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n"),
+        ("/etc/resolv.conf", "nameserver 10.0.2.3\n"),
+    ):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        os.fchown(fd, root, root)
+        os.write(fd, text.encode())
+        os.close(fd)

@@ -1,0 +1,449 @@
+"""The spawner: the one process with privileges. It makes sandboxes, starts processes in them, and ends them.
+
+It has one thread, parses no SSH, knows no SQL, opens no socket to anywhere, and reads nothing from the network but
+the messages of `protocol`, which it checks as if the gateway had been taken over: a name is a name, an id is a
+number, a path is never given. What one connection made, no other can touch, and it ends with the connection.
+
+When this process dies, the kernel kills every sandbox (PR_SET_PDEATHSIG on each PID 1) and the uplinks' keeper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import socket
+import sys as _sys
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox_ssh.errors import ProtocolError, SandboxError
+from sandbox_ssh.sandbox import cgroup, holder, namespaces, process
+from sandbox_ssh.sandbox.holder import Holder
+from sandbox_ssh.sandbox.idmap import Plan
+from sandbox_ssh.sandbox.loop import Future, Loop
+from sandbox_ssh.sandbox.namespaces import NAMESPACES
+from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Layout
+from sandbox_ssh.sandbox.uplink import UplinkClient
+from sandbox_ssh.spawner import protocol
+from sandbox_ssh.spawner.protocol import Create, Destroy, Request, Signal, Spawn
+
+CREATE_TIMEOUT = 20.0
+MAX_CHANNELS = 64  # of one sandbox at a time
+MAX_UNSENT = 1000  # messages that a connection has not read: then it is hung or hostile
+
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Sandbox:
+    name: str
+    connection: Connection
+    holder: Holder
+    image: str
+    network: bool
+    cgroup: int | None
+    builder: int = 0
+    init: int = 0
+    """PID 1's pid, here; 0 before it exists and after it has died."""
+    pidfd: int = -1
+    pts: int = -1
+    state: str = "starting"  # -> running -> ending
+    reason: str = "destroyed"
+    channels: dict[int, int] = field(default_factory=dict)
+    """Channel number -> pid."""
+    cpu_seconds: float = 0.0
+    memory_peak: int = 0
+    gone: Future[None] = field(default_factory=Future)
+
+    def add(self, usage: resource.struct_rusage) -> None:
+        self.cpu_seconds += usage.ru_utime + usage.ru_stime
+        self.memory_peak = max(self.memory_peak, usage.ru_maxrss * 1024)
+
+
+class Refusal(Exception):
+    """Becomes an error reply."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Connection:
+    """One gateway worker: what it asks, and the sandboxes that are its own."""
+
+    def __init__(self, spawner: Spawner, channel: socket.socket) -> None:
+        self._spawner = spawner
+        self._loop = spawner.loop
+        self._channel = channel
+        self._unsent: deque[bytes] = deque()
+        self.sandboxes: dict[str, Sandbox] = {}
+        self.open = True
+        channel.setblocking(False)
+        self._loop.add_reader(channel.fileno(), self._readable)
+
+    def close(self) -> None:
+        if not self.open:
+            return
+        self.open = False
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.remove_writer(self._channel.fileno())
+        self._channel.close()
+        for sandbox in list(self.sandboxes.values()):
+            self._spawner.end(sandbox, "destroyed")
+
+    def _readable(self) -> None:
+        try:
+            # A gateway has no descriptor to give: what it sends all the same is closed unseen.
+            data, fds, flags, _ = socket.recv_fds(
+                self._channel, protocol.MAX_MESSAGE + 1, protocol.MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+            for fd in fds:
+                os.close(fd)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        if not data:
+            self.close()
+            return
+        try:
+            if fds or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolError("a message that is too long or carries descriptors")
+            number, request = protocol.decode_request(data)
+        except ProtocolError as error:
+            # Not answered to the letter: the text may quote nothing of a hostile message but its type's name.
+            _log(f"a gateway's connection is closed, for it sent {error}")
+            self.send({"reply": -1, "error": "failed", "message": f"refused: {error}"})
+            self.close()
+            return
+        self._loop.start(self._answer(number, request))
+
+    async def _answer(self, number: int, request: Request) -> None:
+        fds: list[int] = []
+        try:
+            reply, streams = await self._spawner.handle(self, request)
+            if streams is not None:
+                fds = streams.near
+        except Refusal as refusal:
+            reply, streams = {"error": refusal.code, "message": str(refusal)}, None
+        except (OSError, SandboxError) as error:
+            reply, streams = {"error": _code(error), "message": _sentence(error)}, None
+        self.send({"reply": number, **reply}, fds)
+        if streams is not None:
+            streams.close()
+
+    def send(self, message: Message, fds: list[int] | None = None) -> None:
+        if not self.open:
+            return
+        data = protocol.encode(message)
+        try:
+            if fds:
+                # Descriptors are never queued: their reply is small, and a gateway reads or is dropped.
+                socket.send_fds(self._channel, [data], fds)
+                return
+            if not self._unsent:
+                self._channel.send(data)
+                return
+        except BlockingIOError:
+            if fds:
+                _log("a gateway's connection is closed, for it does not read its replies")
+                self._loop.call_later(0, self.close)
+                return
+        except OSError:
+            self._loop.call_later(0, self.close)
+            return
+        self._unsent.append(data)
+        self._loop.add_writer(self._channel.fileno(), self._writable)
+        if len(self._unsent) > MAX_UNSENT:
+            _log("a gateway's connection is closed, for it does not read its events")
+            self._loop.call_later(0, self.close)
+
+    def _writable(self) -> None:
+        try:
+            while self._unsent:
+                self._channel.send(self._unsent[0])
+                self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            self._loop.call_later(0, self.close)
+        if self.open:
+            self._loop.remove_writer(self._channel.fileno())
+
+
+class Spawner:
+    def __init__(
+        self, loop: Loop, listener: socket.socket, host: namespaces.Host, plan: Plan, cgroups: cgroup.Cgroups,
+        keeper: socket.socket, own_pid_namespace: int, gateway_uid: int,
+    ) -> None:  # fmt: skip
+        self.loop = loop
+        self._listener = listener
+        self._host = host
+        self._plan = plan
+        self._cgroups = cgroups
+        self._own_pid_namespace = own_pid_namespace
+        self._gateway_uid = gateway_uid
+        self._holders: dict[int, Holder] = {}
+        self._names: dict[str, Sandbox] = {}
+        self._uplinks = UplinkClient(loop, keeper, self._uplink_died, self._keeper_lost)
+        listener.setblocking(False)
+        loop.add_reader(listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            channel, _ = self._listener.accept()
+            credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            uid = int.from_bytes(credentials[4:8], "little")
+            if uid not in (self._gateway_uid, os.getuid()):
+                _log(f"a connection of uid {uid} is refused: only the gateway's user {self._gateway_uid} may ask")
+                channel.close()
+                return
+            Connection(self, channel)
+
+    def _keeper_lost(self) -> None:
+        _log("the keeper of uplinks has died; the spawner ends, and its parent starts both again")
+        os._exit(1)
+
+    def _uplink_died(self, name: str) -> None:
+        sandbox = self._names.get(name)
+        if sandbox is not None:
+            self.end(sandbox, "uplink-died")
+
+    # --- requests
+
+    async def handle(self, connection: Connection, request: Request) -> tuple[Message, process.Streams | None]:
+        match request:
+            case Create():
+                return await self._create(connection, request), None
+            case Spawn():
+                return await self._spawn(connection, request)
+            case Signal():
+                sandbox = self._own(connection, request.sandbox)
+                pid = sandbox.channels.get(request.channel)
+                if pid is not None:
+                    process.send_signal(pid, request.signal)
+                return {}, None
+            case Destroy():
+                self.end(self._own(connection, request.sandbox), "destroyed")
+                return {}, None
+
+    def _own(self, connection: Connection, name: str) -> Sandbox:
+        sandbox = connection.sandboxes.get(name)
+        if sandbox is None:
+            raise Refusal("unknown", f"there is no sandbox {name} of this connection")
+        return sandbox
+
+    async def _create(self, connection: Connection, request: Create) -> Message:
+        if request.sandbox in self._names:
+            raise Refusal("exists", f"a sandbox {request.sandbox} is live")
+        if request.image != HOST_IMAGE and not self._host.base.has_image(request.image):
+            raise Refusal("unknown", f"there is no image {request.image}: see `sandbox-ssh image list`")
+        sandbox = Sandbox(
+            request.sandbox, connection, self._hold(request.user), request.image, request.network == "uplink",
+            self._cgroups.create(request.sandbox),
+        )  # fmt: skip
+        self._names[sandbox.name] = connection.sandboxes[sandbox.name] = sandbox
+        timer = self.loop.call_later(CREATE_TIMEOUT, lambda: self.end(sandbox, "destroyed"))
+        try:
+            await self._start(sandbox, request)
+        except BaseException:
+            self.end(sandbox, "destroyed")
+            raise
+        finally:
+            self.loop.cancel(timer)
+        if sandbox.state != "starting":
+            raise Refusal("ended", "the sandbox ended while it was being made")
+        sandbox.state = "running"
+        return {
+            "init_pid": sandbox.init,
+            "namespaces": {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES},
+        }
+
+    async def _start(self, sandbox: Sandbox, request: Create) -> None:
+        layout = Layout(
+            request.image, request.hostname, request.disk_bytes, request.disk_inodes, request.tmp_bytes,
+            request.shm_bytes, request.ptys,
+        )  # fmt: skip
+        sandbox.builder, channel = namespaces.start(
+            self._host, layout, sandbox.holder, network=sandbox.network, cgroup=sandbox.cgroup
+        )
+        self.loop.on_exit(sandbox.builder, lambda _, usage: self._builder_exited(sandbox, usage))
+        with channel:
+            text, fds = await self._hear(channel)
+            if fds:
+                sandbox.pts = fds[0]
+            if not text.startswith("P"):
+                raise _failure(text)
+            sandbox.init = int(text[1:])
+            sandbox.pidfd = os.pidfd_open(sandbox.init)
+            self.loop.on_exit(sandbox.init, lambda _, usage: self._init_exited(sandbox, usage))
+            if sandbox.state != "starting":
+                os.kill(sandbox.init, signal.SIGKILL)
+                raise Refusal("ended", "the sandbox ended while it was being made")
+            if sandbox.network:
+                await self._uplinks.attach(sandbox.name, sandbox.init)
+                channel.send(b"+")
+            text, _ = await self._hear(channel)
+            if text:
+                raise _failure(text)
+
+    async def _hear(self, channel: socket.socket) -> tuple[str, list[int]]:
+        """One message of the builder or of PID 1; empty when it has executed, or died, which its exit tells."""
+        await self.loop.readable(channel.fileno(), CREATE_TIMEOUT)
+        data, fds, _, _ = socket.recv_fds(channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        return data.decode(errors="replace"), fds
+
+    async def _spawn(self, connection: Connection, request: Spawn) -> tuple[Message, process.Streams]:
+        sandbox = self._own(connection, request.sandbox)
+        if sandbox.state != "running":
+            raise Refusal("ended", "the sandbox has ended")
+        if request.channel in sandbox.channels:
+            raise Refusal("exists", f"channel {request.channel} is live")
+        if len(sandbox.channels) >= MAX_CHANNELS:
+            raise Refusal("limit", f"a sandbox runs at most {MAX_CHANNELS} channels at a time; close one")
+        ids = sandbox.holder.ids
+        target = process.Target(
+            sandbox.pidfd, sandbox.pts, ids.root if sandbox.image == HOST_IMAGE else ids.root_unpacked,
+            self._host.groups, sandbox.cgroup,
+        )  # fmt: skip
+        streams = process.Streams(target, request.pty)
+        try:
+            pid, errors = process.start(
+                target, self._own_pid_namespace, streams, request.command, request.environment
+            )
+        except BaseException:
+            streams.close()
+            raise
+        streams.close_far()
+        sandbox.channels[request.channel] = pid
+        # The channel's exit must be told after the reply that names it, whichever comes first.
+        replied: Future[None] = Future()
+        self.loop.on_exit(
+            pid, lambda status, usage: self.loop.start(self._exited(sandbox, request.channel, status, usage, replied))
+        )
+        try:
+            await self.loop.readable(errors, CREATE_TIMEOUT)
+            text = os.read(errors, 2048).decode(errors="replace")
+        finally:
+            os.close(errors)
+        if text:
+            streams.close()
+            raise Refusal("failed", text)
+        self.loop.call_later(0, lambda: replied.set(None))
+        return {"pid": pid}, streams
+
+    # --- ends
+
+    async def _exited(
+        self, sandbox: Sandbox, channel: int, status: int, usage: resource.struct_rusage, replied: Future[None]
+    ) -> None:
+        sandbox.add(usage)
+        sandbox.channels.pop(channel, None)
+        await replied
+        killed = os.WIFSIGNALED(status)
+        sandbox.connection.send({
+            "event": "exited",
+            "sandbox": sandbox.name,
+            "channel": channel,
+            "status": None if killed else os.WEXITSTATUS(status),
+            "signal": signal.Signals(os.WTERMSIG(status)).name[3:] if killed else None,
+            "core": killed and os.WCOREDUMP(status),
+        })  # fmt: skip
+
+    def end(self, sandbox: Sandbox, reason: str) -> None:
+        """Kill a sandbox; what remains to be done follows when its PID 1 has been waited for."""
+        if sandbox.state == "ending":
+            return
+        sandbox.state, sandbox.reason = "ending", reason
+        for pid in (sandbox.builder, sandbox.init):
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+        if not sandbox.init and not sandbox.builder:
+            self._gone(sandbox)
+
+    def _builder_exited(self, sandbox: Sandbox, usage: resource.struct_rusage) -> None:
+        sandbox.builder = 0
+        sandbox.add(usage)
+        if sandbox.state == "ending" and not sandbox.init:
+            self._gone(sandbox)
+
+    def _init_exited(self, sandbox: Sandbox, usage: resource.struct_rusage) -> None:
+        """The kernel has killed and freed everything in the pid namespace before its PID 1 could be waited for."""
+        sandbox.init = 0
+        sandbox.add(usage)
+        if sandbox.state != "ending":
+            sandbox.state, sandbox.reason = "ending", "init-died"
+        if not sandbox.builder:
+            self._gone(sandbox)
+
+    def _gone(self, sandbox: Sandbox) -> None:
+        for fd in (sandbox.pidfd, sandbox.pts):
+            if fd >= 0:
+                os.close(fd)
+        if sandbox.network:
+            self._uplinks.release(sandbox.name)
+        measured = cgroup.usage(sandbox.cgroup)
+        self.loop.start(self._remove_cgroup(sandbox.name, sandbox.cgroup))
+        self._let_go(sandbox.holder)
+        del self._names[sandbox.name]
+        sandbox.connection.sandboxes.pop(sandbox.name, None)
+        sandbox.connection.send({
+            "event": "ended",
+            "sandbox": sandbox.name,
+            "reason": sandbox.reason,
+            "cpu_seconds": measured.cpu_seconds if measured else round(sandbox.cpu_seconds, 6),
+            "memory_peak_bytes": (measured.memory_peak_bytes if measured else 0) or sandbox.memory_peak,
+        })  # fmt: skip
+
+    async def _remove_cgroup(self, name: str, directory: int | None) -> None:
+        for _ in range(50):
+            if self._cgroups.remove(name, directory):
+                break
+            await self.loop.sleep(0.05)
+        if directory is not None:
+            os.close(directory)
+
+    # --- holders
+
+    def _hold(self, user: int) -> Holder:
+        held = self._holders.get(user)
+        if held is None:
+            try:
+                held = holder.create(user, self._plan)
+            except SandboxError as error:
+                raise Refusal("limit", str(error)) from error
+            self._holders[user] = held
+        held.sandboxes += 1
+        return held
+
+    def _let_go(self, held: Holder) -> None:
+        held.sandboxes -= 1
+        if not held.sandboxes:
+            del self._holders[held.user]
+            held.close()
+            self._plan.release(held.ids)
+
+
+def _failure(text: str) -> SandboxError:
+    return SandboxError(f"the sandbox could not be made: {text[1:] or 'its builder died'}")
+
+
+def _code(error: Exception) -> str:
+    return "limit" if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.EAGAIN) else "failed"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"a limit of the host is reached ({error.filename}): see `sandbox-ssh doctor` and /proc/sys/user"
+    if isinstance(error, TimeoutError):
+        return f"the sandbox was not ready within {CREATE_TIMEOUT:.0f} s"
+    return str(error)
+
+
+def _log(text: str) -> None:
+    print(f"sandbox-ssh[spawner]: {text}", file=_sys.stderr, flush=True)
