@@ -66,20 +66,41 @@ def usage(cgroup: int | None) -> Usage | None:
     return Usage(cpu, peak)
 
 
+_SERVER = "server"  # the leaf that the server's own processes move to
+
+
+def _own() -> Path:
+    """The directory of the cgroup that this process is in; raises `OSError` or `StopIteration` without cgroup v2."""
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    point = next(fields[4] for fields in map(str.split, mounts) if fields[fields.index("-") + 1] == "cgroup2")
+    return Path(point + own)
+
+
+def move_aside() -> None:
+    """Leave a delegated cgroup to the sandboxes: where controllers are, processes live in leaves only (cgroups(7))."""
+    with contextlib.suppress(OSError, StopIteration):
+        own = _own()
+        # The root of the tree has no such rule and is not ours; elsewhere, a cgroup that we may write is delegated.
+        if (own / "cgroup.events").exists() and own.name != _SERVER and os.access(own, os.W_OK):
+            (own / _SERVER).mkdir(exist_ok=True)
+            (own / _SERVER / "cgroup.procs").write_text("0")
+
+
 def _subtree(name: str) -> int | None:
-    """Our own cgroup's subtree: the caller moves aside, for processes live in leaves only (cgroups(7))."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        point = next(fields[4] for fields in map(str.split, mounts) if fields[fields.index("-") + 1] == "cgroup2")
-        tree = Path(point + own) / name
-        tree.mkdir(exist_ok=True)
-        directory = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, StopIteration, ValueError):
+        own = _own()
+        parent = own.parent if own.name == _SERVER else own
+        (parent / name).mkdir(exist_ok=True)
+        directory = os.open(parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, StopIteration):
         return None
-    with contextlib.suppress(OSError):
-        controllers = _read(directory, "cgroup.controllers").split()
-        _write(directory, "cgroup.subtree_control", " ".join(f"+{c}" for c in controllers if c in ("cpu", "memory", "pids")))
+    for level in (above, directory):
+        with contextlib.suppress(OSError):
+            wanted = [c for c in _read(level, "cgroup.controllers").split() if c in ("cpu", "memory", "pids")]
+            _write(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
+    os.close(above)
     return directory
 
 

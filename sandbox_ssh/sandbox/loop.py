@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+_EARLY = 30.0  # seconds that an end is remembered: pids are used again, though not so soon
 OnExit = Callable[[int, resource.struct_rusage], None]
 
 
@@ -66,6 +67,7 @@ class Loop:
         self._cancelled: set[int] = set()
         self._numbers = itertools.count()
         self._children: dict[int, OnExit] = {}
+        self._early: dict[int, tuple[float, int, resource.struct_rusage]] = {}
         self._stopped = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -159,8 +161,15 @@ class Loop:
     # --- children
 
     def on_exit(self, pid: int, callback: OnExit) -> None:
-        """Call `callback` with the wait status and the resource usage of a child when it has died."""
-        self._children[pid] = callback
+        """Call `callback` with the wait status and the resource usage of a child when it has died.
+
+        A child that another process cloned for us (CLONE_PARENT) may have died before we learn its pid.
+        """
+        early = self._early.pop(pid, None)
+        if early is not None and time.monotonic() - early[0] < _EARLY:
+            callback(early[1], early[2])
+        else:
+            self._children[pid] = callback
 
     def _reap(self) -> None:
         try:
@@ -177,6 +186,10 @@ class Loop:
             callback = self._children.pop(pid, None)
             if callback is not None:
                 callback(status, usage)
+            else:
+                self._early[pid] = (time.monotonic(), status, usage)
+                while len(self._early) > 256:
+                    del self._early[next(iter(self._early))]
 
     # --- coroutines
 

@@ -63,13 +63,14 @@ def start(host: Host, layout: Layout, holder: Holder, *, network: bool, cgroup: 
     PID 1:    closes its end by executing init; the text of an error before that
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
+    # Born in its cgroup: what is built is charged to the user too.
+    pid = sys.fork(cgroup)
     if pid:
         theirs.close()
         return pid, ours
     try:
         ours.close()
-        _build(host, layout, holder, theirs, network, cgroup)
+        _build(host, layout, holder, theirs, network)
     except BaseException as error:
         _report(theirs, error)
     finally:
@@ -82,11 +83,7 @@ def _report(channel: socket.socket, error: BaseException) -> None:
         channel.send(text.encode(errors="replace")[:2048])
 
 
-def _build(
-    host: Host, layout: Layout, holder: Holder, channel: socket.socket, network: bool, cgroup: int | None
-) -> None:
-    if cgroup is not None:
-        enter_cgroup(cgroup)  # before anything else: what is built here is charged to the user too
+def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, network: bool) -> None:
     pts = host.base.build(layout, holder)
     sys.setns(holder.userns, sys.CLONE_NEWUSER)
     become_root(host.groups)
@@ -154,12 +151,6 @@ def die_with_spawner(self_pidfd: int) -> None:
     poll.register(self_pidfd, select.POLLIN)
     if poll.poll(0):
         os._exit(1)
-
-
-def enter_cgroup(directory: int) -> None:
-    fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
-    os.write(fd, b"0")
-    os.close(fd)
 
 
 def reset_signals() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import syscalls as sys
-from sandbox_ssh.sandbox.namespaces import ALL_NAMESPACES, become_root, enter_cgroup, reset_signals
+from sandbox_ssh.sandbox.namespaces import ALL_NAMESPACES, become_root, reset_signals
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2); the same on x86_64 and aarch64
@@ -125,39 +125,37 @@ def set_modes(tty: int, modes: list[list[int]]) -> None:
     termios.tcsetattr(tty, termios.TCSANOW, attributes)
 
 
-def start(
-    target: Target, own_pid_namespace: int, streams: Streams, command: str | None, environment: dict[str, str]
-) -> tuple[int, int]:
-    """Start the process. Returns its pid and a descriptor that reads an error's text, or EOF once it has executed.
+def start(target: Target, streams: Streams, command: str | None, environment: dict[str, str]) -> tuple[int, int]:
+    """Start the process. Returns the pid of a helper that is gone at once, and a descriptor that reads its own
+    pid as four bytes, then an error's text, then EOF once it has executed.
 
-    Raises `OSError` (ESRCH, EINVAL, ENOMEM) when the sandbox has just ended.
+    Joining a pid namespace counts for children only, and there is no way back for an unprivileged spawner. So a
+    helper joins, and clones the process as its own sibling: the spawner is its parent and hears its end.
     """
-    error_read, error_write = os.pipe2(os.O_CLOEXEC)
-    pid = -1
+    report, tell = os.pipe2(os.O_CLOEXEC)
     try:
-        # The child is born in the sandbox's pid namespace; this process itself never changes its own.
-        sys.setns(target.init, sys.CLONE_NEWPID)
-        pid = os.fork()
-    finally:
+        helper = sys.fork(target.cgroup)
+    except BaseException:
+        os.close(report)
+        os.close(tell)
+        raise
+    if helper:
+        os.close(tell)
+        return helper, report
+    try:
+        sys.setns(target.init, ALL_NAMESPACES)
+        pid = sys.clone(sys.CLONE_PARENT | signal.SIGCHLD)
         if pid:
-            sys.setns(own_pid_namespace, sys.CLONE_NEWPID)
-            os.close(error_write)
-            if pid == -1:
-                os.close(error_read)
-    if pid:
-        return pid, error_read
-    try:
+            os.write(tell, pid.to_bytes(4, "little"))
+            os._exit(0)
         _become(target, streams, command, environment)
     except BaseException as error:
-        os.write(error_write, str(error).encode(errors="replace")[:1024])
+        os.write(tell, str(error).encode(errors="replace")[:1024])
     finally:
         os._exit(255)
 
 
 def _become(target: Target, streams: Streams, command: str | None, environment: dict[str, str]) -> None:
-    if target.cgroup is not None:
-        enter_cgroup(target.cgroup)
-    sys.setns(target.init, ALL_NAMESPACES & ~sys.CLONE_NEWPID)
     become_root(target.groups)
     os.setsid()
     if streams.tty:

@@ -97,17 +97,20 @@ class Keeper:
         self._messages = messages
         self._wanted = ready
         self._userns = new_user_namespace(plan.uplink, plan.groups)
-        self._host_net = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._ready: list[Uplink] = []
         self._building = 0
         self._failures = 0
+        self._paused = False
         self._waiting: list[Future[Uplink]] = []
         self._used: dict[str, Uplink] = {}
         loop.add_reader(channel.fileno(), self._request)
         self._refill()
 
     def _request(self) -> None:
-        data = self._channel.recv(4096)
+        try:
+            data = self._channel.recv(4096)
+        except ConnectionResetError:
+            data = b""
         if not data:
             self._loop.stop()  # the spawner has gone; slirp4netns follows when our descriptors close
             return
@@ -156,9 +159,13 @@ class Keeper:
         uplink.link.close()
 
     def _refill(self) -> None:
-        while len(self._ready) + self._building - len(self._waiting) < self._wanted and self._building < 2:
+        while not self._paused and len(self._ready) + self._building - len(self._waiting) < self._wanted and self._building < 2:
             self._building += 1
             self._loop.start(self._build())
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._refill()
 
     async def _build(self) -> None:
         try:
@@ -169,8 +176,9 @@ class Keeper:
             self._failures += 1
             if self._waiting:
                 self._waiting.pop(0).fail(SandboxError(f"the network of the sandbox could not be made: {error}"))
-            # A cause that passes (memory, ids) must not be met with a busy loop.
-            self._loop.call_later(min(30.0, 0.1 * 2**self._failures), self._refill)
+            # A cause that passes (memory, say) must not be met with a busy loop; who waits still tries at once.
+            self._paused = True
+            self._loop.call_later(min(30.0, 0.1 * 2 ** min(self._failures, 10)), self._resume)
             return
         self._building -= 1
         if self._waiting:
@@ -242,11 +250,26 @@ class Keeper:
         return pid, e
 
     def _netlink_in(self, e: int) -> socket.socket:
-        syscalls.setns(e, syscalls.CLONE_NEWNET)
-        try:
-            link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        finally:
-            syscalls.setns(self._host_net, syscalls.CLONE_NEWNET)
+        """A netlink socket in E, opened by root of S: the kernel asks for the opener's rights over N too.
+
+        By a child, for rootless there is no way back into the host's net namespace.
+        """
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                syscalls.setns(e, syscalls.CLONE_NEWNET)
+                made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+                socket.send_fds(theirs, [b"+"], [made.fileno()])
+            finally:
+                os._exit(0)
+        theirs.close()
+        with ours:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        os.waitpid(pid, 0)
+        if not fds:
+            raise SandboxError("the net namespace of the uplink could not be entered")
+        link = socket.socket(fileno=fds[0])
         link.settimeout(5)
         return link
 
@@ -363,7 +386,10 @@ class UplinkClient:
             self._on_lost()
 
     def _receive(self) -> None:
-        data = self._channel.recv(4096)
+        try:
+            data = self._channel.recv(4096)
+        except ConnectionResetError:
+            data = b""
         if not data:
             self._on_lost()
             return

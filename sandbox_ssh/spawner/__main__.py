@@ -47,7 +47,7 @@ def main() -> None:
 def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     os.umask(0o022)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-    syscalls.set_process_name("sandbox-spawner")
+    syscalls.set_process_name("sandbox-spawner")  # a tenant sees it for the moment between a fork and an exec
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -61,6 +61,9 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
         plan = idmap.Blocks(int(settings["id_first"]), int(settings["id_blocks"]))
     else:
         plan = enter_user_namespace()
+        # As S sees the server's own user: its root where it is the only id, else nobody of S. What keeps others
+        # from the socket then is its mode, 0600.
+        gateway_uid = idmap.NOBODY if plan.groups else 0
     loop = Loop()
     self_pidfd = os.pidfd_open(os.getpid())
     # Before the mount namespace is ours alone: slirp4netns and nft see the host's files as they are.
@@ -73,8 +76,7 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     host = namespaces.Host(
         base, init, os.open("/proc", os.O_PATH | os.O_CLOEXEC), self_pidfd, messages.lo_up, messages.tap_up, plan.groups
     )
-    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    return Spawner(loop, listener, host, plan, cgroups, keeper, own, gateway_uid)
+    return Spawner(loop, listener, host, plan, cgroups, keeper, gateway_uid)
 
 
 def _program(name: str) -> str:

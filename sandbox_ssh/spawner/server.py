@@ -179,14 +179,13 @@ class Connection:
 class Spawner:
     def __init__(
         self, loop: Loop, listener: socket.socket, host: namespaces.Host, plan: Plan, cgroups: cgroup.Cgroups,
-        keeper: socket.socket, own_pid_namespace: int, gateway_uid: int,
+        keeper: socket.socket, gateway_uid: int,
     ) -> None:  # fmt: skip
         self.loop = loop
         self._listener = listener
         self._host = host
         self._plan = plan
         self._cgroups = cgroups
-        self._own_pid_namespace = own_pid_namespace
         self._gateway_uid = gateway_uid
         self._holders: dict[int, Holder] = {}
         self._names: dict[str, Sandbox] = {}
@@ -224,8 +223,7 @@ class Spawner:
                 return await self._spawn(connection, request)
             case Signal():
                 sandbox = self._own(connection, request.sandbox)
-                pid = sandbox.channels.get(request.channel)
-                if pid is not None:
+                if pid := sandbox.channels.get(request.channel):
                     process.send_signal(pid, request.signal)
                 return {}, None
             case Destroy():
@@ -280,8 +278,8 @@ class Spawner:
             if not text.startswith("P"):
                 raise _failure(text)
             sandbox.init = int(text[1:])
-            sandbox.pidfd = os.pidfd_open(sandbox.init)
             self.loop.on_exit(sandbox.init, lambda _, usage: self._init_exited(sandbox, usage))
+            sandbox.pidfd = os.pidfd_open(sandbox.init)
             if sandbox.state != "starting":
                 os.kill(sandbox.init, signal.SIGKILL)
                 raise Refusal("ended", "the sandbox ended while it was being made")
@@ -313,29 +311,41 @@ class Spawner:
         )  # fmt: skip
         streams = process.Streams(target, request.pty)
         try:
-            pid, errors = process.start(
-                target, self._own_pid_namespace, streams, request.command, request.environment
-            )
+            sandbox.channels[request.channel] = 0
+            pid = await self._start_process(sandbox, request, target, streams)
         except BaseException:
+            sandbox.channels.pop(request.channel, None)
             streams.close()
             raise
+        return {"pid": pid}, streams
+
+    async def _start_process(
+        self, sandbox: Sandbox, request: Spawn, target: process.Target, streams: process.Streams
+    ) -> int:
+        helper, report = process.start(target, streams, request.command, request.environment)
+        self.loop.on_exit(helper, lambda _, usage: sandbox.add(usage))
         streams.close_far()
-        sandbox.channels[request.channel] = pid
-        # The channel's exit must be told after the reply that names it, whichever comes first.
-        replied: Future[None] = Future()
-        self.loop.on_exit(
-            pid, lambda status, usage: self.loop.start(self._exited(sandbox, request.channel, status, usage, replied))
-        )
         try:
-            await self.loop.readable(errors, CREATE_TIMEOUT)
-            text = os.read(errors, 2048).decode(errors="replace")
+            await self.loop.readable(report, CREATE_TIMEOUT)
+            head = os.read(report, 4)
+            if len(head) < 4:
+                raise Refusal("ended", "the sandbox has ended")
+            pid = int.from_bytes(head, "little")
+            # Its end must be told after the reply that names it, whichever comes first.
+            replied: Future[None] = Future()
+            self.loop.on_exit(
+                pid,
+                lambda status, usage: self.loop.start(self._exited(sandbox, request.channel, status, usage, replied)),
+            )
+            sandbox.channels[request.channel] = pid
+            await self.loop.readable(report, CREATE_TIMEOUT)
+            text = os.read(report, 2048).decode(errors="replace")
         finally:
-            os.close(errors)
+            os.close(report)
         if text:
-            streams.close()
             raise Refusal("failed", text)
         self.loop.call_later(0, lambda: replied.set(None))
-        return {"pid": pid}, streams
+        return pid
 
     # --- ends
 
