@@ -1,0 +1,319 @@
+"""One SSH channel of type `session`: what the client asks of it, and the process at its other end.
+
+The order at the end is OpenSSH's: all output first, then the exit status, then the close. A shell on a terminal
+is over when it has exited and the terminal is empty, whoever else holds the terminal open; a command on pipes is
+over when it has exited and every holder of its output has closed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import struct
+import termios
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import asyncssh
+
+from sandbox_ssh.errors import SpawnerError
+from sandbox_ssh.gateway.environment import accepted
+from sandbox_ssh.gateway.pump import Inflow, Outflow
+from sandbox_ssh.spawner import protocol
+
+if TYPE_CHECKING:
+    from sandbox_ssh.gateway.session import Session
+
+REFUSED = 254
+"""The exit status of a channel whose session was refused or whose sandbox could not be made (documented)."""
+
+MAX_COMMAND = 32 * 1024
+"""Characters of a command: with its environment it must fit one message to the spawner."""
+
+
+class Refusal(Exception):
+    """Why a session or channel cannot be had; its text is the sentence for the client."""
+
+
+class Channel(asyncssh.SSHServerSession[bytes]):
+    def __init__(self, session: Session, number: int) -> None:
+        self.number = number
+        self._session = session
+        self._chan: asyncssh.SSHServerChannel[bytes] | None = None
+        self._kind = ""
+        self._command: str | None = None
+        self._pty: dict[str, Any] | None = None
+        self._terminal = ""
+        self._outflows: list[Outflow] = []
+        self._inflow: Inflow | None = None
+        self._early = b""
+        self._early_eof = False
+        self._window_full = False
+        self._opened = False
+        self._spawned = False
+        self._exit: Mapping[str, Any] | None = None
+        self._over = False
+
+    # What asyncssh calls, in the order of a channel's life.
+
+    def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        self._chan = chan
+        # asyncssh finds the method for a channel request by its name, and has none for this one.
+        chan._process_eow_at_openssh_dot_com_request = self._reader_gone  # type: ignore[attr-defined]
+
+    def pty_requested(
+        self, term_type: str | None, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
+    ) -> bool:
+        columns, rows, width, height = _clamped(term_size)
+        self._terminal = term_type or ""
+        self._pty = {
+            "columns": columns,
+            "rows": rows,
+            "width": width,
+            "height": height,
+            "modes": [[opcode, value] for opcode, value in term_modes.items() if 1 <= opcode <= 159],
+        }
+        return True
+
+    def shell_requested(self) -> bool:
+        self._kind = "shell"
+        return True
+
+    def exec_requested(self, command: str) -> bool:
+        if len(command) > MAX_COMMAND or "\0" in command:
+            return False
+        self._kind = "exec"
+        self._command = command
+        return True
+
+    def session_started(self) -> None:
+        self._session.spawn_task(self._start())
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        self._session.bytes_in += len(data)
+        if self._inflow is not None:
+            self._inflow.feed(data)
+        elif not self._over:
+            self._early = data  # the only piece: no more is delivered while reading is paused
+            self._pause_reading()
+
+    def eof_received(self) -> bool:
+        if self._inflow is None:
+            self._early_eof = True
+        elif self._pty is None:
+            self._inflow.end()
+        return True  # keep our direction open: the process may have more to say
+
+    def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
+        if self._pty is None:
+            return
+        columns, rows, x, y = _clamped((width, height, pixwidth, pixheight))
+        self._pty.update(columns=columns, rows=rows, width=x, height=y)
+        self._resize()
+
+    def signal_received(self, signal: str) -> None:
+        if signal in protocol.SIGNALS:
+            self._signal(signal)
+
+    def break_received(self, msec: int) -> bool:
+        return self._pty is not None  # a PTY has no line to hold low: accepted, as OpenSSH does, and no more
+
+    def _reader_gone(self, packet: object) -> bool:
+        """The client's standard output is closed (OpenSSH's PROTOCOL, section 2.1): so is the process's."""
+        if self._pty is None and self._outflows:
+            self._outflows[0].close()
+            self._drained()
+        return True
+
+    def pause_writing(self) -> None:
+        self._window_full = True
+        self.flow()
+
+    def resume_writing(self) -> None:
+        self._window_full = False
+        self.flow()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The channel is closed, by whichever side: the process loses its terminal or its pipes."""
+        self._chan = None
+        if self._spawned and self._exit is None and self._pty is None:
+            self._signal("HUP")  # on a terminal the kernel sends it, when the master is closed
+        self._close_descriptors()
+        self._end(None, None)
+        self._session.channel_gone(self, exc)
+
+    # The process.
+
+    async def _start(self) -> None:
+        try:
+            await self._session.made()
+            fds = await self._spawn()
+            try:
+                await self._session.recorded()
+            except Refusal:
+                _close_all(fds)
+                raise
+        except Refusal as refusal:
+            self.refuse(str(refusal))
+            return
+        self._connect(fds)
+
+    async def _spawn(self) -> list[int]:
+        assert self._chan is not None
+        environment = accepted(self._chan.get_environment(), self._session.accept_env)
+        environment |= self._session.environment
+        if self._pty is not None and 0 < len(self._terminal) <= 64:
+            environment["TERM"] = self._terminal
+        self._opened = True
+        self._session.channel_opened(self, self._kind, self._command, pty=self._pty is not None)
+        try:
+            fds = await self._session.spawn(self.number, self._command, environment, self._pty)
+        except SpawnerError as error:
+            raise Refusal(f"the command could not be started: {error}") from error
+        self._spawned = True
+        return fds
+
+    def _connect(self, fds: list[int]) -> None:
+        if self._chan is None:  # the client has gone meanwhile
+            _close_all(fds)
+            if self._pty is None:
+                self._signal("HUP")
+            return
+        if self._pty is not None:
+            self._inflow = Inflow(os.dup(fds[0]), self._pause_reading, self._resume_reading)
+            self._outflows = [Outflow(fds[0], self._write, self._drained)]
+            self._resize()  # the window may have changed while the shell was being started
+        else:
+            self._inflow = Inflow(fds[0], self._pause_reading, self._resume_reading)
+            self._outflows = [
+                Outflow(fds[1], self._write, self._drained),
+                Outflow(fds[2], self._write_stderr, self._drained),
+            ]
+        self.flow()
+        self._feed_early(self._inflow)
+        if self._exit is not None:
+            self.exited(self._exit)
+
+    def _feed_early(self, inflow: Inflow) -> None:
+        """Deliver what the client sent before there was a process to take it."""
+        early, self._early = self._early, b""
+        if early:
+            inflow.feed(early)
+            if not inflow.waiting:
+                self._resume_reading()
+        if self._early_eof and self._pty is None:
+            inflow.end()
+
+    def _resize(self) -> None:
+        if self._pty is None or not self._outflows or not self._outflows[0].open:
+            return
+        # struct winsize has the rows first (ioctl_tty(2)), SSH the columns (RFC 4254 section 6.7).
+        size = struct.pack("HHHH", *(self._pty[key] for key in ("rows", "columns", "width", "height")))
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._outflows[0].fd, termios.TIOCSWINSZ, size)
+
+    def exited(self, event: Mapping[str, Any]) -> None:
+        """The process has ended, and says how; its output may not have been read yet."""
+        self._exit = event
+        if self._inflow is not None:
+            self._inflow.close()
+        if self._pty is not None and self._outflows:
+            self._outflows[0].finish()
+        self._drained()
+
+    def _drained(self) -> None:
+        if self._over or self._chan is None or not self._outflows or any(flow.open for flow in self._outflows):
+            return
+        if self._exit is None:
+            if self._pty is None:
+                self._chan.write_eof()
+            return
+        status, signal = self._exit["status"], self._exit["signal"]
+        self._over = True
+        self._end(status, signal)
+        if signal is None:
+            self._chan.exit(status)
+        else:
+            # Names that RFC 4254 section 6.10 does not have carry a domain.
+            name = signal if signal in protocol.SIGNALS else f"{signal}@sandbox-ssh"
+            self._chan.exit_with_signal(name, bool(self._exit["core"]))
+
+    # Words to the person at the other end, and forced ends.
+
+    def notice(self, sentence: str) -> None:
+        """Show a line on the client's terminal, or on its standard error."""
+        if self._chan is None or not self._kind:
+            return
+        with contextlib.suppress(OSError):
+            if self._pty is not None:
+                self._chan.write(f"\r\nsandbox-ssh: {sentence}\r\n".encode())
+            else:
+                self._chan.write_stderr(f"sandbox-ssh: {sentence}\n".encode())
+
+    def refuse(self, sentence: str) -> None:
+        self.notice(sentence)
+        chan, self._over = self._chan, True
+        self._end(REFUSED, None)
+        if chan is not None:
+            chan.exit(REFUSED)
+
+    def kill(self) -> None:
+        """Close a channel whose sandbox is gone."""
+        chan, self._over = self._chan, True
+        self._close_descriptors()
+        self._end(None, "KILL")
+        if chan is not None:
+            chan.exit_with_signal("KILL")
+
+    def flow(self) -> None:
+        """Let the process write, or make it wait, by the channel's window and the connection's socket."""
+        for outflow in self._outflows:
+            if self._window_full or not self._session.flowing:
+                outflow.pause()
+            else:
+                outflow.resume()
+
+    def _write(self, data: bytes) -> None:
+        assert self._chan is not None
+        self._session.bytes_out += len(data)
+        self._chan.write(data)
+
+    def _write_stderr(self, data: bytes) -> None:
+        assert self._chan is not None
+        self._session.bytes_out += len(data)
+        self._chan.write_stderr(data)
+
+    def _pause_reading(self) -> None:
+        if self._chan is not None:
+            self._chan.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._chan is not None:
+            self._chan.resume_reading()
+
+    def _signal(self, signal: str) -> None:
+        if self._spawned and self._exit is None:
+            self._session.spawn_task(self._session.signal(self.number, signal))
+
+    def _close_descriptors(self) -> None:
+        if self._inflow is not None:
+            self._inflow.close()
+        for outflow in self._outflows:
+            outflow.close()
+        self._early = b""
+
+    def _end(self, status: int | None, signal: str | None) -> None:
+        if self._opened:
+            self._opened = False
+            self._session.channel_closed(self, status, signal)
+
+
+def _clamped(size: tuple[int, int, int, int]) -> list[int]:
+    return [min(value, 0xFFFF) for value in size]  # struct winsize holds unsigned shorts
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,311 @@
+"""A session: one authenticated connection, its row in the database and its sandbox.
+
+    authenticated -> admitted (row `starting`) -> sandbox made (row `running`) -> ... -> destroyed -> row closed
+
+The sandbox is asked for as soon as the row is committed, while the client still opens its first channel; channels
+wait for it. A session ends with its connection, and the sandbox with the session: whatever ends first, `finish`
+runs once, and it is the only way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import asyncssh
+import structlog
+
+from sandbox_ssh.errors import SpawnerError, StoreError
+from sandbox_ssh.gateway.channel import Channel, Refusal
+from sandbox_ssh.gateway.record import Record
+from sandbox_ssh.spawner import protocol
+from sandbox_ssh.store import sessions
+
+if TYPE_CHECKING:
+    from sandbox_ssh.gateway.transport import Transport
+    from sandbox_ssh.gateway.worker import Worker
+    from sandbox_ssh.store.models import User
+
+LAST_WORDS = 1.0
+"""Seconds that a client gets to show a sentence and leave before it is disconnected."""
+
+RECORDED_WITHIN = 5.0
+"""Seconds that the first byte of a session waits for its row."""
+
+PROMPTLY = 0.25
+"""Seconds in which a sandbox is gone as a rule. Only where it is not does the row say `closing` meanwhile."""
+
+USAGE_WITHIN = 10.0
+"""Seconds that a session's row waits for what its sandbox used."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Who has authenticated, from where and how."""
+
+    user: User
+    address: str
+    port: int
+    local_address: str
+    local_port: int
+    client_version: str
+    method: str
+    key_fingerprint: str | None
+
+
+class Session:
+    def __init__(self, worker: Worker, transport: Transport, login: Login) -> None:
+        self.id = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.flowing = True
+        self.accept_env = worker.config.ssh.accept_env
+        self.environment = {
+            "SSH_CLIENT": f"{login.address} {login.port} {login.local_port}",
+            "SSH_CONNECTION": f"{login.address} {login.port} {login.local_address} {login.local_port}",
+        }
+        self._worker = worker
+        self._transport = transport
+        self._login = login
+        self._record = Record(worker.spawn_task)
+        self._channels: dict[int, Channel] = {}
+        self._next_channel = 0
+        self._dropped = False
+        self._gone = False
+        self._exit_status: int | None = None
+        self._refusal: str | None = None
+        self._made = asyncio.Event()
+        self._running: asyncio.Task[bool] | None = None
+        self._sandbox_lives = False
+        self._ended = asyncio.Event()
+        self._usage: Mapping[str, Any] = {}
+        self._end_reason: str | None = None
+        self._starting = worker.spawn_task(self._start())
+
+    # The beginning.
+
+    async def _start(self) -> None:
+        try:
+            await self._admit()
+            if not self._gone:
+                await self._create()
+        except Refusal as refusal:
+            self._refusal = str(refusal)
+            self._leave(self._refusal)
+        finally:
+            self._made.set()
+
+    async def _admit(self) -> None:
+        worker, login = self._worker, self._login
+        try:
+            self.id = await sessions.admit(
+                worker.database,
+                node=worker.node,
+                worker=worker.number,
+                user=login.user,
+                client_address=login.address,
+                client_port=login.port,
+                client_version=login.client_version,
+                auth_method=login.method,
+                key_fingerprint=login.key_fingerprint,
+                image=worker.config.sandbox.image,
+            )
+        except StoreError as error:
+            log.error("a session could not be recorded and was refused", user=login.user.name, error=str(error))
+            raise Refusal("this server cannot record sessions at the moment; try again later") from error
+
+    async def _create(self) -> None:
+        config = self._worker.config.sandbox
+        request = protocol.Create(
+            sandbox=self.sandbox,
+            user=self._login.user.id,
+            image=config.image,
+            hostname=config.hostname,
+            network=config.network,
+            disk_bytes=config.disk,
+            disk_inodes=config.inodes,
+            tmp_bytes=config.tmp,
+            shm_bytes=config.shm,
+            ptys=config.ptys,
+        )
+        try:
+            reply = await self._worker.spawner.create(self, request)
+        except SpawnerError as error:
+            log.error("no sandbox could be made", session=self.id, code=error.code, error=str(error))
+            self._end_reason = {"limit": f"refused: {error}", "ended": "server-failure"}.get(
+                error.code, "sandbox-failure"
+            )
+            raise Refusal(f"no sandbox could be made for you: {error}") from error
+        self._sandbox_lives = True
+        self._running = self._record.write(
+            lambda: sessions.running(self._worker.database, self.id, reply["init_pid"], reply["namespaces"])
+        )
+        log.info("session started", session=self.id, user=self._login.user.name, address=self._login.address)
+
+    @property
+    def sandbox(self) -> str:
+        return f"s{self.id}"
+
+    async def made(self) -> None:
+        """Wait for the sandbox.
+
+        Raises `Refusal` when there will be none.
+        """
+        await self._made.wait()
+        if self._refusal is not None:
+            raise Refusal(self._refusal)
+
+    async def recorded(self) -> None:
+        """Wait until the row says `running`: no byte of a shell without a record.
+
+        Raises `Refusal` when the database does not take it.
+        """
+        assert self._running is not None
+        done, _ = await asyncio.wait([self._running], timeout=RECORDED_WITHIN)
+        if not done or not self._running.result():
+            raise Refusal("this server cannot record sessions at the moment; try again later")
+
+    # Channels.
+
+    def open_channel(self) -> Channel | None:
+        """A new channel, or None where the session has as many as it may."""
+        if len(self._channels) >= self._worker.config.ssh.max_sessions:
+            return None
+        channel = Channel(self, self._next_channel)
+        self._channels[self._next_channel] = channel
+        self._next_channel += 1
+        return channel
+
+    async def spawn(
+        self, number: int, command: str | None, environment: dict[str, str], pty: dict[str, Any] | None
+    ) -> list[int]:
+        request = protocol.Spawn(self.sandbox, number, command, environment, pty)
+        _, fds = await self._worker.spawner.request(request)
+        return fds
+
+    async def signal(self, number: int, signal: str) -> None:
+        with contextlib.suppress(SpawnerError):  # the process, or all of the sandbox, has just ended
+            await self._worker.spawner.request(protocol.Signal(self.sandbox, number, signal))
+
+    def channel_opened(self, channel: Channel, kind: str, command: str | None, *, pty: bool) -> None:
+        self._record.write(
+            lambda: sessions.open_channel(self._worker.database, self.id, channel.number, kind, command, pty)
+        )
+
+    def channel_closed(self, channel: Channel, status: int | None, signal: str | None) -> None:
+        self._exit_status = status
+        self._record.write(
+            lambda: sessions.close_channel(self._worker.database, self.id, channel.number, status, signal)
+        )
+
+    def channel_gone(self, channel: Channel, exc: Exception | None) -> None:
+        self._channels.pop(channel.number, None)
+        self._dropped = self._dropped or exc is not None
+
+    def flow(self, flowing: bool) -> None:
+        """The connection's socket is full, or has room again."""
+        self.flowing = flowing
+        for channel in self._channels.values():
+            channel.flow()
+
+    # What the spawner says.
+
+    def process_exited(self, event: Mapping[str, Any]) -> None:
+        channel = self._channels.get(event["channel"])
+        if channel is not None:
+            channel.exited(event)
+
+    def sandbox_ended(self, event: Mapping[str, Any]) -> None:
+        self._sandbox_lives = False
+        self._usage = event
+        self._ended.set()
+        if event["reason"] != "destroyed":
+            what = "its first process has died" if event["reason"] == "init-died" else "its network has died"
+            self.end("sandbox-failure", f"the sandbox has ended: {what}")
+
+    def spawner_lost(self) -> None:
+        self._sandbox_lives = False
+        self._ended.set()
+        self.end("server-failure", "the sandbox has ended: the server's part that runs it has failed")
+
+    # The end.
+
+    def notice(self, sentence: str) -> None:
+        for channel in list(self._channels.values()):
+            channel.notice(sentence)
+
+    def end(self, reason: str, sentence: str) -> None:
+        """End the session from this side, and tell the client why."""
+        if self._end_reason is not None:
+            return
+        self._end_reason = reason
+        if self._refusal is None:
+            self._refusal = sentence
+        for channel in list(self._channels.values()):
+            channel.notice(sentence)
+            channel.kill()
+        self._worker.spawn_task(self._destroy())
+        self._leave(sentence)
+
+    def _leave(self, sentence: str) -> None:
+        """Disconnect a client that does not leave by itself when its channels are closed."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(LAST_WORDS, self._transport.disconnect, asyncssh.DISC_SERVICE_NOT_AVAILABLE, sentence)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._end_reason is None:
+            # Without a DISCONNECT message (RFC 4253 section 11.1) the client or the network has failed, unless
+            # its channels were closed before: not every client says goodbye.
+            left = exc is None or (self._next_channel > 0 and not self._dropped)
+            self._end_reason = "exit" if left else "disconnect"
+        self._gone = True
+        self._worker.spawn_task(self._finish())
+
+    async def _destroy(self) -> None:
+        if self._sandbox_lives:
+            self._sandbox_lives = False
+            with contextlib.suppress(SpawnerError):  # it has just ended, or the spawner has
+                await self._worker.spawner.request(protocol.Destroy(self.sandbox))
+
+    async def _finish(self) -> None:
+        await asyncio.wait([self._starting])
+        if self._running is not None:
+            await self._destroy()
+            if not await _set_within(self._ended, PROMPTLY):
+                self._record.write(lambda: sessions.closing(self._worker.database, self.id))
+            if not await _set_within(self._ended, USAGE_WITHIN):
+                self._worker.spawner.forget(self.sandbox)
+                log.error("the spawner does not say what became of a sandbox", session=self.id)
+        if self.id:
+            await self._record.write(self._close_row)
+        log.info("session ended", session=self.id, reason=self._end_reason, user=self._login.user.name)
+        self._worker.sessions.discard(self)
+
+    async def _close_row(self) -> None:
+        assert self._end_reason is not None
+        await sessions.close(
+            self._worker.database,
+            self.id,
+            reason=self._end_reason,
+            exit_status=self._exit_status,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            cpu_seconds=self._usage.get("cpu_seconds", 0.0),
+            memory_peak_bytes=self._usage.get("memory_peak_bytes", 0),
+        )
+
+    def spawn_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._worker.spawn_task(coroutine)
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True

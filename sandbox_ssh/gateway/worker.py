@@ -1,0 +1,143 @@
+"""A gateway worker: what its connections share, how it starts and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import asyncssh
+import structlog
+
+from sandbox_ssh.errors import ConfigError, StoreError
+from sandbox_ssh.gateway import listener
+from sandbox_ssh.gateway.spawner import Spawner
+from sandbox_ssh.store import nodes, sessions
+from sandbox_ssh.store.database import Database
+
+if TYPE_CHECKING:
+    from sandbox_ssh.config import Config
+    from sandbox_ssh.gateway.session import Session
+    from sandbox_ssh.gateway.transport import Transport
+
+KILL_POLL = 0.5
+"""Seconds between two looks for sessions that an administrator wants ended."""
+
+RECORDS_WITHIN = 10.0
+"""Seconds that the last records of a server that shuts down may take."""
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+class Worker:
+    def __init__(self, config: Config, number: int, load: Callable[[], Config]) -> None:
+        self.config = config
+        self.node = config.server.node
+        self.number = number
+        self.database = Database(config.database.url)
+        self.spawner = Spawner(config.server.state_dir / "run" / "spawner.sock")
+        self.options = listener.options(self, config, listener.host_keys(config.ssh.host_keys))
+        self.hashing = asyncio.Semaphore(os.cpu_count() or 1)
+        self.startups: set[Transport] = set()
+        self.sessions: set[Session] = set()
+        self._load = load
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, listening: Sequence[socket.socket], ready: Callable[[], None]) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises `StoreError` when the database cannot be used.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self.database.check_schema()
+        await nodes.register(self.database, self.node, self.config.mode, version("sandbox-ssh"))
+        await sessions.recover(self.database, self.node, self.number)
+        standing = [asyncio.create_task(self.spawner.keep_connected()), asyncio.create_task(self._watch_kills())]
+        servers = [await listener.listen(self, sock) for sock in listening]
+        _settle_memory()
+        ready()
+        await stop.wait()
+        await self._shut_down(servers)
+        for task in standing:
+            task.cancel()
+        self.spawner.close()
+        await self.database.dispose()
+
+    def spawn_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something that belongs to no caller; the worker does not end before it has."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task failed", exc_info=error)
+
+    def reload(self) -> None:
+        """SIGHUP: take the configuration as it is now for new sessions, or keep the old one if it has an error."""
+        try:
+            config = self._load()
+            options = listener.options(self, config, listener.host_keys(config.ssh.host_keys))
+        except ConfigError as error:
+            log.error("the configuration was not reloaded", error=str(error))
+            return
+        self.config, self.options = config, options
+        log.info("the configuration was reloaded for new connections")
+
+    async def _watch_kills(self) -> None:
+        while True:
+            await asyncio.sleep(KILL_POLL)
+            if not self.sessions:
+                continue
+            try:
+                wanted = await sessions.kills_requested(self.database, self.node, self.number)
+            except StoreError as error:
+                log.warning("cannot look for sessions to be ended", error=str(error))
+                continue
+            for number, by in wanted:
+                for session in [session for session in self.sessions if session.id == number]:
+                    log.info("session ended by an administrator", session=number, by=by)
+                    session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
+
+    async def _shut_down(self, servers: Sequence[asyncio.Server]) -> None:
+        """Stop accepting, let sessions end by themselves for a while, then end them, and wait for their records."""
+        for server in servers:
+            server.close()
+        for transport in list(self.startups):
+            transport.disconnect(asyncssh.DISC_SERVICE_NOT_AVAILABLE, "The server is shutting down")
+        patience = self.config.server.shutdown_timeout
+        log.info("shutting down", sessions=len(self.sessions), patience=patience)
+        for session in self.sessions:
+            session.notice(f"the server is shutting down; this session ends within {patience:g} seconds")
+        await self._sessions_gone(patience)
+        for session in list(self.sessions):
+            session.end("shutdown", "the server has shut down")
+        await self._sessions_gone(RECORDS_WITHIN)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=RECORDS_WITHIN)
+
+    async def _sessions_gone(self, timeout: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.sessions:
+                    await asyncio.sleep(0.05)
+
+
+def _settle_memory() -> None:
+    """Leave what was loaded at the start out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,102 @@
+"""Numbers that the host's administrator sets and that all sandboxes share."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from sandbox_ssh.sandbox.host.finding import Finding, Needs, as_root, bad, good, set_sysctl, weak
+
+# What one sandbox charges to the server's own user, and so to /proc/sys/user/max_* of the host
+# (kernel/ucount.c: a creation counts in every user namespace above it). Its own of each kind; besides
+#   user: its holder, and the namespace that its files' owners are mapped by
+#   mnt:  the one it is built in, and slirp4netns's
+#   net:  the uplink's
+# A student's nested namespaces come on top, as far as quotas allow.
+_PER_SANDBOX = {
+    "user_namespaces": 3,
+    "mnt_namespaces": 3,
+    "net_namespaces": 2,
+    "pid_namespaces": 1,
+    "ipc_namespaces": 1,
+    "uts_namespaces": 1,
+    "cgroup_namespaces": 1,
+}
+# Namespaces are freed some time after their last process (measured: ten of them lag behind), and a few uplinks are
+# kept ready.
+_SPARE_NAMESPACES = 32
+_PROCESSES_PER_SANDBOX = 16
+_SERVER_PROCESSES = 512
+_FILES_PER_SANDBOX = 16
+_SERVER_FILES = 512
+
+
+def namespaces(needs: Needs) -> list[Finding]:
+    findings: list[Finding] = []
+    for path in sorted(Path("/proc/sys/user").glob("max_*")):
+        kind = path.name.removeprefix("max_")
+        findings += _limit(f"user.{path.name}", int(path.read_text()), _PER_SANDBOX.get(kind, 0), needs.sessions)
+    return findings
+
+
+def _limit(name: str, value: int, cost: int, sessions: int) -> list[Finding]:
+    found = str(value)
+    if cost == 0:
+        return good(name, found, "Sandboxes need none; what their users make counts against it.")
+    spare = _SPARE_NAMESPACES if name.endswith("_namespaces") else 0
+    wanted = cost * sessions + spare
+    room = max(0, value - spare) // cost
+    if value >= wanted:
+        return good(name, found, f"Room for {room} sandboxes ({cost} each).")
+    meaning = f"Room for {room} sandboxes ({cost} each), and {sessions} are asked for: the rest get ENOSPC."
+    if room == 0 and spare:
+        return bad(name, found, meaning, set_sysctl(name, wanted))
+    return weak(name, found, meaning, set_sysctl(name, wanted))
+
+
+def terminals(needs: Needs) -> list[Finding]:
+    """/dev/pts: one pool of PTYs for the host and all sandboxes (Documentation/filesystems/devpts.rst)."""
+    limit, reserve, used = (int(Path("/proc/sys/kernel/pty", name).read_text()) for name in ("max", "reserve", "nr"))
+    free = limit - reserve - used
+    found = f"kernel.pty.max = {limit}, {reserve} of them reserved for the host, {used} in use"
+    wanted = needs.sessions + reserve + used
+    if free <= 0:
+        return bad("terminals", found, "No sandbox can get a terminal.", set_sysctl("kernel.pty.max", wanted))
+    if free < needs.sessions:
+        meaning = f"{free} terminals for {needs.sessions} sandboxes."
+        return weak("terminals", found, meaning, set_sysctl("kernel.pty.max", wanted))
+    return good("terminals", found, f"{free} terminals for sandboxes, at most {needs.terminals} in one.")
+
+
+def processes(needs: Needs) -> list[Finding]:
+    findings: list[Finding] = []
+    wanted = needs.sessions * _PROCESSES_PER_SANDBOX + _SERVER_PROCESSES
+    for name in ("threads-max", "pid_max"):
+        value = int(Path("/proc/sys/kernel", name).read_text())
+        sysctl = f"kernel.{name}"
+        if value >= wanted:
+            findings += good(
+                sysctl, str(value), f"{needs.sessions} sandboxes with {_PROCESSES_PER_SANDBOX} processes fit."
+            )
+            continue
+        findings += weak(
+            sysctl,
+            str(value),
+            f"{needs.sessions} sandboxes with {_PROCESSES_PER_SANDBOX} processes each would fill the host.",
+            set_sysctl(sysctl, wanted),
+        )
+    return findings
+
+
+def open_files(needs: Needs) -> list[Finding]:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = needs.sessions * _FILES_PER_SANDBOX + _SERVER_FILES
+    found = "unlimited" if hard == resource.RLIM_INFINITY else f"hard limit {hard}"
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        return weak(
+            "open-files",
+            found,
+            f"{needs.sessions} sessions can need {wanted} descriptors; the last ones are refused.",
+            f"In the unit: LimitNOFILE={wanted}; in a shell: {as_root(f'prlimit --pid $$ --nofile={wanted}')}",
+        )
+    return good("open-files", found, f"Enough for {needs.sessions} sessions.")

@@ -1,0 +1,180 @@
+"""The connection to SQLite or PostgreSQL: units of work, and errors that an administrator can act on.
+
+SQLite lets one write at a time; a second one polls for its turn with growing pauses (sqlite3_busy_timeout), which is
+slow and unfair when many clients log in at once. So the writers of one process queue for a lock first, and only
+processes (gateway workers, the command line) meet at the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sqlalchemy import Engine, event, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from sandbox_ssh.errors import StoreError
+from sandbox_ssh.store.models import SCHEMA, Model
+
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+
+BUSY_TIMEOUT = 10.0
+"""Seconds that a write waits for other processes' writes."""
+
+CONNECT_TIMEOUT = 5
+"""Seconds, in which a PostgreSQL that is there has answered."""
+
+UPGRADE = "run `sandbox-ssh db upgrade`"
+
+
+class Database:
+    """One database. Use it from one event loop; `dispose` at the end."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is opened yet. Raises `StoreError` when `url` is none that this program knows."""
+        self._url = parse_url(url)
+        self._engine = create_async_engine(self._url.set(drivername=DRIVERS[dialect(self._url)]), **options(self._url))
+        if dialect(self._url) == "sqlite":
+            prepare_sqlite(self._engine.sync_engine)
+        self._read = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._write = async_sessionmaker(self._engine.execution_options(writes=True), expire_on_commit=False)
+        self._writing: contextlib.AbstractAsyncContextManager[Any] = (
+            asyncio.Lock() if dialect(self._url) == "sqlite" else contextlib.nullcontext()
+        )
+
+    def __str__(self) -> str:
+        return describe(self._url)
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """For SELECTs; two of them may see different moments.
+
+        Raises `StoreError` when the database does not answer.
+        """
+        with translated(self._url):
+            async with self._read.begin() as session:
+                yield session
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that nothing else writes beside (SQLite: BEGIN IMMEDIATE), committed at the end.
+
+        Raises `StoreError` when the database does not answer or does not take it.
+        """
+        with translated(self._url):
+            async with self._writing, self._write.begin() as session:
+                yield session
+
+    async def check_schema(self) -> None:
+        """Raises `StoreError` with the remedy when the database is out of reach or of another schema."""
+        async with self.read() as session:
+            revision = await session.scalar(text("SELECT version_num FROM alembic_version"))
+        require_schema(self._url, revision)
+
+    async def dispose(self) -> None:
+        await self._engine.dispose()
+
+
+def parse_url(url: str) -> URL:
+    """Raises `StoreError`, which does not repeat the text: there may be a password in it."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StoreError("the database's URL cannot be read: write sqlite:////path/file.db or postgresql://…") from None
+    if parsed.drivername.partition("+")[0] not in DRIVERS:
+        raise StoreError(f"{parsed.drivername} is no database for this server: use sqlite or postgresql")
+    return parsed
+
+
+def dialect(url: URL) -> str:
+    return url.drivername.partition("+")[0]
+
+
+def describe(url: URL) -> str:
+    """For messages: the path of a file, the URL of a server without its password."""
+    return url.database or "" if dialect(url) == "sqlite" else url.render_as_string(hide_password=True)
+
+
+def options(url: URL) -> dict[str, Any]:
+    if dialect(url) == "sqlite":
+        return {"connect_args": {"timeout": BUSY_TIMEOUT}}
+    arguments = {"connect_timeout": CONNECT_TIMEOUT, "application_name": "sandbox-ssh"}
+    # pool_pre_ping: after a restart of PostgreSQL the next login is not the one that finds out.
+    return {
+        "connect_args": {key: value for key, value in arguments.items() if key not in url.query},
+        "pool_pre_ping": True,
+        "pool_size": 10,
+        "max_overflow": 0,
+        "pool_timeout": BUSY_TIMEOUT,
+    }
+
+
+def prepare_sqlite(engine: Engine) -> None:
+    """Take transactions into our own hands: Python's module would begin them at the first write, too late."""
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        # WAL: readers and a writer at once. NORMAL: a commit waits for no disk; after a power cut the database is
+        # whole and lacks at most the last moments, in which the sandboxes have died as well.
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Any) -> None:
+        # Reading needs none: each SELECT is a transaction of its own, and a login waits for three calls less.
+        if connection.get_execution_options().get("writes"):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextlib.contextmanager
+def translated(url: URL) -> Any:
+    """Turn errors of SQLAlchemy's and the driver's into one sentence."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise StoreError(f"the database {describe(url)} refused a change: {_reason(error)}") from error
+    except (OperationalError, ProgrammingError) as error:
+        if _lacks_tables(error):
+            raise StoreError(f"the database {describe(url)} is empty or of an old schema: {UPGRADE}") from error
+        raise StoreError(f"the database {describe(url)} cannot be used: {_reason(error)}") from error
+    except (SQLAlchemyError, OSError) as error:
+        raise StoreError(f"the database {describe(url)} cannot be used: {_reason(error)}") from error
+
+
+def require_schema(url: URL, revision: str | None) -> None:
+    if revision == SCHEMA:
+        return
+    if revision is not None and revision > SCHEMA:
+        raise StoreError(
+            f"the database {describe(url)} was made by a newer sandbox-ssh (schema {revision}, "
+            f"this one knows {SCHEMA}): install that version"
+        )
+    raise StoreError(f"the database {describe(url)} has schema {revision}, this program needs {SCHEMA}: {UPGRADE}")
+
+
+def _lacks_tables(error: DBAPIError) -> bool:
+    # 42P01 is PostgreSQL's undefined_table; SQLite has no code of its own for it.
+    return getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig)
+
+
+def _reason(error: Exception) -> str:
+    original = getattr(error, "orig", None) or error
+    if isinstance(original, sqlite3.OperationalError) and "unable to open" in str(original):
+        return "the file cannot be opened or made; see who owns it and its directory, and run this as that user"
+    lines = str(original).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(original).__name__
+
+
+def insert_or(transaction: AsyncSession, model: type[Model]) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that can say what to do on a conflict: the same words on both databases, but not in standard SQL."""
+    kind = sqlite if transaction.get_bind().dialect.name == "sqlite" else postgresql
+    return kind.insert(model)

@@ -1,0 +1,18 @@
+"""The servers that share this database."""
+
+from __future__ import annotations
+
+from sandbox_ssh.store.columns import now
+from sandbox_ssh.store.database import Database, insert_or
+from sandbox_ssh.store.models import Node
+
+
+async def register(database: Database, name: str, mode: str, version: str) -> None:
+    """Note that a node has started. Sessions can be recorded for registered nodes only."""
+    values = {"mode": mode, "version": version, "started_at": now()}
+    async with database.write() as transaction:
+        await transaction.execute(
+            insert_or(transaction, Node)
+            .values(name=name, **values)
+            .on_conflict_do_update(index_elements=["name"], set_=values)
+        )

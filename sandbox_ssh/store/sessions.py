@@ -1,0 +1,283 @@
+"""Sessions and their channels: the record of who was in, from where, for how long, and what it cost.
+
+    starting -> running -> closing -> closed        refused: was never let in        lost: its node or worker died
+
+Every transition is one UPDATE that names the states it may come from, so two that want to end the same session at
+once (its gateway and a recovery, say) cannot both believe that they did: each function says whether it was the one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, Update, insert, select, update
+from sqlalchemy.orm import selectinload
+
+from sandbox_ssh.errors import NotFoundError
+from sandbox_ssh.store import audit
+from sandbox_ssh.store.columns import now
+from sandbox_ssh.store.database import Database, insert_or
+from sandbox_ssh.store.models import LIVE, Channel, Session, State, User
+
+
+async def admit(
+    database: Database,
+    *,
+    node: str,
+    worker: int,
+    user: User,
+    client_address: str,
+    client_port: int,
+    client_version: str,
+    auth_method: str,
+    key_fingerprint: str | None,
+    image: str,
+) -> int:
+    """Record that a session starts; return its number. Raises `StoreError` when that cannot be recorded."""
+    values = {
+        **_who(user),
+        "node": node,
+        "worker": worker,
+        "client_address": client_address,
+        "client_port": client_port,
+        "client_version": client_version,
+        "auth_method": auth_method,
+        "key_fingerprint": key_fingerprint,
+        "image": image,
+        "state": State.STARTING,
+        "started_at": now(),
+        "bytes_in": 0,
+        "bytes_out": 0,
+    }
+    async with database.write() as transaction:
+        result = await transaction.execute(insert(Session.__table__), values)  # type: ignore[arg-type]
+        return int(result.inserted_primary_key[0])  # type: ignore[attr-defined]
+
+
+async def refuse(
+    database: Database,
+    *,
+    node: str,
+    worker: int,
+    user: User,
+    client_address: str,
+    client_port: int,
+    client_version: str,
+    auth_method: str,
+    key_fingerprint: str | None,
+    image: str,
+    reason: str,
+) -> int:
+    """Record that an authenticated user was not let in, as a session and as an audit event."""
+    values = {
+        **_who(user),
+        "node": node,
+        "worker": worker,
+        "client_address": client_address,
+        "client_port": client_port,
+        "client_version": client_version,
+        "auth_method": auth_method,
+        "key_fingerprint": key_fingerprint,
+        "image": image,
+        "state": State.REFUSED,
+        "end_reason": reason,
+        "started_at": now(),
+        "ended_at": now(),
+    }
+    async with database.write() as transaction:
+        number = await transaction.scalar(insert(Session).values(values).returning(Session.id))
+        assert number is not None
+        await audit.note(
+            transaction,
+            "session-refused",
+            node=node,
+            user=user.name,
+            tenant=user.tenant.name,
+            session=number,
+            address=client_address,
+            detail={"reason": reason},
+        )
+        return number
+
+
+async def running(database: Database, number: int, init_pid: int, namespaces: Mapping[str, int]) -> bool:
+    """The sandbox is there."""
+    return await _move(
+        database, number, (State.STARTING,), state=State.RUNNING, init_pid=init_pid, namespaces=dict(namespaces)
+    )
+
+
+async def closing(database: Database, number: int) -> bool:
+    """The connection has ended, or is being ended; the sandbox is on its way out."""
+    return await _move(database, number, (State.STARTING, State.RUNNING), state=State.CLOSING)
+
+
+async def close(
+    database: Database,
+    number: int,
+    *,
+    reason: str,
+    exit_status: int | None,
+    bytes_in: int,
+    bytes_out: int,
+    cpu_seconds: float,
+    memory_peak_bytes: int,
+) -> bool:
+    """The sandbox is gone, and this is what it cost. Channels that are still open end with it."""
+    ended = now()
+    async with database.write() as transaction:
+        result = await transaction.execute(
+            _transition(
+                LIVE,
+                state=State.CLOSED,
+                end_reason=reason,
+                ended_at=ended,
+                exit_status=exit_status,
+                bytes_in=bytes_in,
+                bytes_out=bytes_out,
+                cpu_seconds=cpu_seconds,
+                memory_peak_bytes=memory_peak_bytes,
+            ).where(Session.id == number)
+        )
+        if result.rowcount:
+            open_channels = Channel.session_id == number, Channel.closed_at.is_(None)
+            await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
+        return bool(result.rowcount)
+
+
+async def recover(database: Database, node: str, worker: int | None) -> int:
+    """Call the live sessions of a worker that has died `lost`, or of a whole node (None); return how many they were."""
+    ended = now()
+    query = _transition(LIVE, state=State.LOST, end_reason="server-failure", ended_at=ended).where(Session.node == node)
+    if worker is not None:
+        query = query.where(Session.worker == worker)
+    async with database.write() as transaction:
+        lost = (await transaction.scalars(query.returning(Session.id))).all()
+        if lost:
+            open_channels = Channel.session_id.in_(lost), Channel.closed_at.is_(None)
+            await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
+        return len(lost)
+
+
+async def open_channel(
+    database: Database, session: int, number: int, kind: str, command: str | None, pty: bool
+) -> None:
+    """Record a channel: `shell`, `exec` or `subsystem`. A second time is no error, so that it can be tried again."""
+    async with database.write() as transaction:
+        await transaction.execute(
+            insert_or(transaction, Channel)
+            .values(session_id=session, number=number, kind=kind, command=command, pty=pty)
+            .on_conflict_do_nothing(index_elements=["session_id", "number"])
+        )
+
+
+async def close_channel(
+    database: Database, session: int, number: int, exit_status: int | None, exit_signal: str | None
+) -> bool:
+    which = Channel.session_id == session, Channel.number == number, Channel.closed_at.is_(None)
+    values = {"closed_at": now(), "exit_status": exit_status, "exit_signal": exit_signal}
+    async with database.write() as transaction:
+        return bool((await transaction.execute(_unsynchronized(update(Channel)).where(*which).values(values))).rowcount)
+
+
+async def request_kill(database: Database, number: int, by: str) -> bool:
+    """Ask the session's gateway to end it; False when it has ended already. Raises `NotFoundError`."""
+    asked = _unsynchronized(update(Session)).where(
+        Session.id == number, Session.state.in_(LIVE), Session.kill_requested_at.is_(None)
+    )
+    async with database.write() as transaction:
+        result = await transaction.execute(asked.values(kill_requested_at=now(), kill_requested_by=by))
+        session = await transaction.get(Session, number)
+        if session is None:
+            raise NotFoundError(f"there is no session {number}: see `sandbox-ssh session list`")
+        if result.rowcount:
+            await audit.note(
+                transaction,
+                "session-kill-requested",
+                node=session.node,
+                user=session.user_name,
+                tenant=session.tenant_name,
+                session=number,
+                detail={"by": by},
+            )
+        return session.state in LIVE
+
+
+async def kills_requested(database: Database, node: str, worker: int) -> list[tuple[int, str]]:
+    """The sessions of a worker that are to be ended, and who asked for it."""
+    query = select(Session.id, Session.kill_requested_by).where(
+        Session.node == node,
+        Session.worker == worker,
+        Session.kill_requested_at.is_not(None),
+        Session.ended_at.is_(None),
+    )
+    async with database.read() as transaction:
+        return [(number, by or "") for number, by in await transaction.execute(query)]
+
+
+async def get(database: Database, number: int) -> Session:
+    """A session with its channels. Raises `NotFoundError`."""
+    query = select(Session).where(Session.id == number).options(selectinload(Session.channels))
+    async with database.read() as transaction:
+        session = await transaction.scalar(query)
+    if session is None:
+        raise NotFoundError(f"there is no session {number}: see `sandbox-ssh session list`")
+    return session
+
+
+async def list_sessions(
+    database: Database,
+    *,
+    user: str | None = None,
+    tenant: str | None = None,
+    states: Sequence[State] = (),
+    since: datetime | None = None,
+    until: datetime | None = None,
+    address: str | None = None,
+    node: str | None = None,
+) -> Sequence[Session]:
+    """Sessions with their channels, the newest last. `since` and `until` bound the time of their start."""
+    query: Select[tuple[Session]] = select(Session)
+    for column, value in (
+        (Session.user_name, user),
+        (Session.tenant_name, tenant),
+        (Session.client_address, address),
+        (Session.node, node),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    if states:
+        query = query.where(Session.state.in_(states))
+    if since is not None:
+        query = query.where(Session.started_at >= since)
+    if until is not None:
+        query = query.where(Session.started_at < until)
+    query = query.order_by(Session.started_at, Session.id).options(selectinload(Session.channels))
+    async with database.read() as transaction:
+        return (await transaction.scalars(query)).all()
+
+
+def _who(user: User) -> dict[str, Any]:
+    return {
+        "user_id": user.id,
+        "user_name": user.name,
+        "tenant_id": user.tenant_id,
+        "tenant_name": user.tenant.name,
+    }
+
+
+async def _move(database: Database, number: int, sources: Sequence[State], **values: object) -> bool:
+    async with database.write() as transaction:
+        result = await transaction.execute(_transition(sources, **values).where(Session.id == number))
+        return bool(result.rowcount)
+
+
+def _transition(sources: Sequence[State], **values: object) -> Update:
+    return _unsynchronized(update(Session)).where(Session.state.in_(sources)).values(**values)
+
+
+def _unsynchronized(statement: Update) -> Update:
+    """No object of the transaction holds what changes, so there is none that the ORM must bring up to date."""
+    return statement.execution_options(synchronize_session=False)
