@@ -129,6 +129,14 @@ class Supervisor:
         if self._spawner.pid:
             os.kill(self._spawner.pid, signal.SIGKILL)  # its sandboxes end with it; it has nothing to say or to save
             return
+        self.loop.start(self._leave_nothing())
+
+    async def _leave_nothing(self) -> None:
+        """The spawner is dead; its sandboxes are dying, and their cgroups can go when they have."""
+        for _ in range(100):
+            if cgroup.sweep():
+                break
+            await self.loop.sleep(0.02)
         self.loop.stop()
 
     # --- children

@@ -14,9 +14,12 @@ as `sandbox-ssh user list --config F`; the one nearest to the end counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+import os
+import pwd
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVar
@@ -35,6 +38,12 @@ T = TypeVar("T")
 
 STATUSES = "Exit status: 0 done, 1 failed, 2 wrong usage."
 
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n\n".join((*(f"Example: {line}" for line in lines), STATUSES))
+
+
 _PANEL = "Which server"
 _GLOBAL_OPTIONS: dict[str, Any] = {
     "config": Annotated[
@@ -44,7 +53,9 @@ _GLOBAL_OPTIONS: dict[str, Any] = {
     "state_dir": Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where the server keeps its state. \\[env: SANDBOX_SSH_STATE_DIR]", rich_help_panel=_PANEL
+            metavar="DIR",
+            help="Where the server keeps its state. \\[env: SANDBOX_SSH_STATE_DIR]",
+            rich_help_panel=_PANEL,
         ),
     ],
     "database_url": Annotated[
@@ -79,7 +90,7 @@ class Context:
         """Do `work` with the database, which is created and migrated if it is empty, as the user it belongs to."""
         config = self.config()
         prepare_database(config)
-        with acting_as(database_owner(config)):
+        with as_database_owner(config):
             return asyncio.run(_with_database(config.database.url, work))
 
 
@@ -98,13 +109,38 @@ def prepare_database(config: Config) -> None:
 
     Raises `StoreError`, which names the remedy.
     """
-    from sandbox_ssh.store import migrate
+    from sandbox_ssh.store import database
 
+    url = config.database.url
+    with as_database_owner(config):
+        revision = database.current(url)
+        if revision is not None:
+            # An administrator decides when a schema changes that is in use.
+            database.require_schema(database.parse_url(url), revision)
+            return
+        from sandbox_ssh.store import migrate  # takes as long to import as all the rest
+
+        migrate.upgrade(url)
+
+
+@contextlib.contextmanager
+def as_database_owner(config: Config) -> Iterator[None]:
+    """Open the database within this: under root, its files then belong to the user whose they should be."""
     file = sqlite_file(config.database.url)
     if file is not None and file.is_relative_to(config.server.state_dir):
         prepare_state_dir(config)
     with acting_as(database_owner(config)):
-        migrate.prepare(config.database.url)
+        yield
+
+
+def invoker() -> str:
+    """Who typed the command, for the audit: the one who called sudo(8), not root."""
+    if os.getuid() == 0 and (name := os.environ.get("SUDO_USER")):
+        return name
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def group(help: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
@@ -147,5 +183,3 @@ def command(function: Callable[Concatenate[Context, P], None]) -> Callable[..., 
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
-
-

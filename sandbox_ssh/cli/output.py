@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+_NO_LIMIT = 1_000_000
+
 
 def printable(text: str) -> str:
     """The text with every character that a terminal might act on written as an escape.
@@ -54,17 +56,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    piped = not console.is_terminal
+    piped = not sys.stdout.isatty()
+    # rich takes 80 columns where there is no terminal.
+    console = Console(highlight=False, width=_NO_LIMIT if piped else None)
     table = Table(box=None if piped else box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=piped, overflow="fold")
     for row in rows:
         # Text, not str: square brackets in it are no markup of rich's.
         table.add_row(*(Text(cell(value), justify=_side(value)) for value in row))
-    if piped:
-        # rich takes 80 columns where there is no terminal.
-        console.width = max(80, console.measure(table).maximum)
     console.print(table)
 
 

@@ -21,6 +21,7 @@ import asyncssh
 from sandbox_ssh.errors import SpawnerError
 from sandbox_ssh.gateway.environment import accepted
 from sandbox_ssh.gateway.pump import Inflow, Outflow
+from sandbox_ssh.gateway.transport import drop_unsent, when_reader_gone
 from sandbox_ssh.spawner import protocol
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 REFUSED = 254
 """The exit status of a channel whose session was refused or whose sandbox could not be made (documented)."""
+
+KILLED_PAUSE = 0.1
+"""Seconds between a process's death by KILL and the end of its channel.
+
+When a sandbox's first process dies, the kernel kills all others before anybody is told (pid_namespaces(7)). The
+pause lets the spawner say so, and the client hear why.
+"""
 
 MAX_COMMAND = 32 * 1024
 """Characters of a command: with its environment it must fit one message to the spawner."""
@@ -54,14 +62,15 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self._opened = False
         self._spawned = False
         self._exit: Mapping[str, Any] | None = None
+        self._deaf = False
+        self._last_words = False
         self._over = False
 
     # What asyncssh calls, in the order of a channel's life.
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         self._chan = chan
-        # asyncssh finds the method for a channel request by its name, and has none for this one.
-        chan._process_eow_at_openssh_dot_com_request = self._reader_gone  # type: ignore[attr-defined]
+        when_reader_gone(chan, self._reader_gone)
 
     def pty_requested(
         self, term_type: str | None, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
@@ -120,12 +129,12 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def break_received(self, msec: int) -> bool:
         return self._pty is not None  # a PTY has no line to hold low: accepted, as OpenSSH does, and no more
 
-    def _reader_gone(self, packet: object) -> bool:
-        """The client's standard output is closed (OpenSSH's PROTOCOL, section 2.1): so is the process's."""
+    def _reader_gone(self) -> None:
+        """The client's standard output is closed, and so is the process's. What it says on the other may go on."""
         if self._pty is None and self._outflows:
+            self._deaf = True
             self._outflows[0].close()
             self._drained()
-        return True
 
     def pause_writing(self) -> None:
         self._window_full = True
@@ -219,20 +228,30 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self._exit = event
         if self._inflow is not None:
             self._inflow.close()
-        if self._pty is not None and self._outflows:
-            self._outflows[0].finish()
+        if self._pty is not None or self._deaf:
+            for outflow in self._outflows:
+                outflow.finish()
+        if self._deaf:
+            for outflow in self._outflows:
+                outflow.close()  # what the window had no room for; it may never have again
         self._drained()
 
     def _drained(self) -> None:
         if self._over or self._chan is None or not self._outflows or any(flow.open for flow in self._outflows):
             return
         if self._exit is None:
-            if self._pty is None:
-                self._chan.write_eof()
+            # No EOF before the exit status: a client whose own input has ended answers it with a close, and nothing
+            # can be said on a closed channel (RFC 4254 section 5.3). OpenSSH's mux client then exits with 255.
+            return
+        if self._exit["signal"] == "KILL" and not self._last_words:
+            self._last_words = True
+            asyncio.get_running_loop().call_later(KILLED_PAUSE, self._drained)
             return
         status, signal = self._exit["status"], self._exit["signal"]
         self._over = True
         self._end(status, signal)
+        if self._deaf:
+            drop_unsent(self._chan)
         if signal is None:
             self._chan.exit(status)
         else:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
@@ -22,7 +23,7 @@ from sandbox_ssh.errors import SpawnerError, StoreError
 from sandbox_ssh.gateway.channel import Channel, Refusal
 from sandbox_ssh.gateway.record import Record
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.store import sessions
+from sandbox_ssh.store import audit, sessions
 
 if TYPE_CHECKING:
     from sandbox_ssh.gateway.transport import Transport
@@ -137,15 +138,30 @@ class Session:
             reply = await self._worker.spawner.create(self, request)
         except SpawnerError as error:
             log.error("no sandbox could be made", session=self.id, code=error.code, error=str(error))
-            self._end_reason = {"limit": f"refused: {error}", "ended": "server-failure"}.get(
-                error.code, "sandbox-failure"
-            )
+            if error.code == "limit":
+                self._end_reason = f"refused: {error}"
+                self._record.write(partial(self._record_refusal, str(error)))
+            else:
+                self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
             raise Refusal(f"no sandbox could be made for you: {error}") from error
         self._sandbox_lives = True
         self._running = self._record.write(
             lambda: sessions.running(self._worker.database, self.id, reply["init_pid"], reply["namespaces"])
         )
         log.info("session started", session=self.id, user=self._login.user.name, address=self._login.address)
+
+    async def _record_refusal(self, reason: str) -> None:
+        user = self._login.user
+        await audit.record(
+            self._worker.database,
+            "session-refused",
+            node=self._worker.node,
+            user=user.name,
+            tenant=user.tenant.name,
+            session=self.id,
+            address=self._login.address,
+            detail={"reason": reason},
+        )
 
     @property
     def sandbox(self) -> str:

@@ -38,7 +38,8 @@ class Spawner:
             try:
                 await self._client.connect(self._path)
             except OSError as error:
-                log.warning("the spawner is not there yet", socket=str(self._path), error=str(error))
+                if pause == RETRY_FIRST:
+                    log.warning("the spawner is not there yet", socket=str(self._path), error=str(error))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RETRY_LAST)
                 continue

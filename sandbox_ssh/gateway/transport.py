@@ -1,7 +1,7 @@
 """The SSH connection as asyncssh implements it, and what this server changes about it on the wire.
 
-Nothing here knows users or sandboxes. Only methods of asyncssh and asyncio that are named without an underscore
-are overridden, and one attribute is set that has one (`_enc_algs`). What each change buys is said where it is made.
+Nothing here knows users or sandboxes. What each change buys is said where it is made. Methods of asyncssh and asyncio
+that are overridden are named without an underscore; the few attributes that are touched and have one are all here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import asyncssh
@@ -200,6 +201,27 @@ class Transport(asyncssh.SSHServerConnection):
 
     async def reload_config(self) -> None:
         """Nothing to reload: no option depends on the user's name (asyncssh would parse them all again)."""
+
+
+def when_reader_gone(chan: asyncssh.SSHServerChannel[bytes], tell: Callable[[], None]) -> None:
+    """Hear that the client's standard output is closed: `eow@openssh.com` (OpenSSH's PROTOCOL, section 2.1).
+
+    asyncssh finds the method for a channel request by its name, and has none for this one.
+    """
+
+    def process(_packet: object) -> bool:
+        drop_unsent(chan)
+        tell()
+        return True
+
+    chan._process_eow_at_openssh_dot_com_request = process  # type: ignore[attr-defined]
+
+
+def drop_unsent(chan: asyncssh.SSHServerChannel[bytes]) -> None:
+    """Forget what waits for a window that the client may never open again, and would hold up the close for ever."""
+    chan._send_buf.clear()
+    chan._send_buf_len = 0
+    chan._pause_resume_writing()
 
 
 def ciphers_offered(greeting: bytes | bytearray) -> list[bytes] | None:

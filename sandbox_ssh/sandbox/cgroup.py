@@ -7,6 +7,7 @@ processes, and `sandbox-ssh doctor` says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class Usage:
 class Cgroups:
     """The subtree that sandboxes live in, or nothing where there is none to be had."""
 
-    def __init__(self, name: str) -> None:
-        self._root = _subtree(name)
+    def __init__(self) -> None:
+        self._root = _subtree(f"{_PREFIX}{os.getpid()}")
 
     @property
     def available(self) -> bool:
@@ -67,6 +68,7 @@ def usage(cgroup: int | None) -> Usage | None:
 
 
 _SERVER = "server"  # the leaf that the server's own processes move to
+_PREFIX = "sandbox-ssh."  # and the spawner's pid: the subtree of its sandboxes
 
 
 def _own() -> Path:
@@ -91,6 +93,7 @@ def _subtree(name: str) -> int | None:
     try:
         own = _own()
         parent = own.parent if own.name == _SERVER else own
+        sweep()
         (parent / name).mkdir(exist_ok=True)
         directory = os.open(parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -102,6 +105,23 @@ def _subtree(name: str) -> int | None:
             _write(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
     os.close(above)
     return directory
+
+
+def sweep() -> bool:
+    """Remove what dead spawners left; False while processes of theirs are still dying in it."""
+    try:
+        own = _own()
+    except (OSError, StopIteration):
+        return True
+    parent, clean = own.parent if own.name == _SERVER else own, True
+    for tree in parent.glob(f"{_PREFIX}*"):
+        if not Path("/proc", tree.name.removeprefix(_PREFIX)).exists():
+            try:
+                for directory in (*tree.glob("*/"), tree):
+                    directory.rmdir()
+            except OSError as error:
+                clean = clean and error.errno != errno.EBUSY
+    return clean
 
 
 def _read(directory: int, name: str) -> str:

@@ -49,12 +49,12 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     syscalls.set_process_name("sandbox-spawner")  # a tenant sees it for the moment between a fork and an exec
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     messages = netlink.encode()
     init = os.open(_program("catatonit"), os.O_RDONLY | os.O_CLOEXEC)
     _program("nft"), _program("slirp4netns")
-    cgroups = cgroup.Cgroups(f"sandbox-ssh.{os.getpid()}")
+    cgroups = cgroup.Cgroups()
     gateway_uid = int(settings["gateway_uid"])
     plan: idmap.Plan
     if settings["mode"] == "service":

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from sandbox_ssh.errors import StoreError
@@ -174,7 +183,58 @@ def _reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(original).__name__
 
 
+# What a command does before there is an event loop, or where there is none.
+
+SYNC_DRIVERS = {**DRIVERS, "sqlite": "sqlite+pysqlite"}
+
+
+@contextlib.contextmanager
+def connect(url: str, *, writes: bool = False) -> Iterator[Connection]:
+    """One transaction. Raises `StoreError`."""
+    parsed = parse_url(url)
+    engine = create_engine(
+        parsed.set(drivername=SYNC_DRIVERS[dialect(parsed)]), **options(parsed), execution_options={"writes": writes}
+    )
+    if dialect(parsed) == "sqlite":
+        prepare_sqlite(engine)
+    try:
+        with translated(parsed), engine.begin() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def current(url: str) -> str | None:
+    """The schema's revision; None for a database that is empty, or a file that is not there. Raises `StoreError`."""
+    parsed = parse_url(url)
+    if dialect(parsed) == "sqlite" and not Path(parsed.database or "").exists():
+        return None
+    with connect(url) as connection:
+        return revision_of(connection)
+
+
+def revision_of(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
+
+
+def make_private(url: str) -> None:
+    """SQLite makes a file that all may read; it holds password hashes. Its -wal and -shm take over the mode."""
+    parsed = parse_url(url)
+    if dialect(parsed) != "sqlite" or not parsed.database:
+        return
+    try:
+        os.close(os.open(parsed.database, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise StoreError(f"the database {parsed.database} cannot be made: {error.strerror}") from error
+
+
 def insert_or(transaction: AsyncSession, model: type[Model]) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that can say what to do on a conflict: the same words on both databases, but not in standard SQL."""
-    kind = sqlite if transaction.get_bind().dialect.name == "sqlite" else postgresql
-    return kind.insert(model)
+    if transaction.get_bind().dialect.name == "sqlite":
+        return sqlite.insert(model)
+    return postgresql.insert(model)

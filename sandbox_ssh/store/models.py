@@ -57,7 +57,7 @@ class Model(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own interface)
+    type_annotation_map = {
         str: CleanText(),
         int: BigId,
         datetime: Timestamp(),
@@ -90,6 +90,8 @@ class User(Model):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
     tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
+    # passive_deletes: the database removes the keys with the user (ON DELETE CASCADE).
+    keys: Mapped[list[PublicKey]] = relationship(lazy="raise", order_by="PublicKey.id", passive_deletes="all")
 
 
 class PublicKey(Model):

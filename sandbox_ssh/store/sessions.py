@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Select, Update, insert, select, update
+from sqlalchemy import Update, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from sandbox_ssh.errors import NotFoundError
@@ -20,6 +21,9 @@ from sandbox_ssh.store import audit
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
 from sandbox_ssh.store.models import LIVE, Channel, Session, State, User
+
+if TYPE_CHECKING:
+    from sqlalchemy import CursorResult, Table
 
 
 async def admit(
@@ -52,8 +56,7 @@ async def admit(
         "bytes_out": 0,
     }
     async with database.write() as transaction:
-        result = await transaction.execute(insert(Session.__table__), values)  # type: ignore[arg-type]
-        return int(result.inserted_primary_key[0])  # type: ignore[attr-defined]
+        return await _insert(transaction, values)
 
 
 async def refuse(
@@ -85,10 +88,11 @@ async def refuse(
         "end_reason": reason,
         "started_at": now(),
         "ended_at": now(),
+        "bytes_in": 0,
+        "bytes_out": 0,
     }
     async with database.write() as transaction:
-        number = await transaction.scalar(insert(Session).values(values).returning(Session.id))
-        assert number is not None
+        number = await _insert(transaction, values)
         await audit.note(
             transaction,
             "session-refused",
@@ -128,7 +132,8 @@ async def close(
     """The sandbox is gone, and this is what it cost. Channels that are still open end with it."""
     ended = now()
     async with database.write() as transaction:
-        result = await transaction.execute(
+        closed = await _changes(
+            transaction,
             _transition(
                 LIVE,
                 state=State.CLOSED,
@@ -139,12 +144,12 @@ async def close(
                 bytes_out=bytes_out,
                 cpu_seconds=cpu_seconds,
                 memory_peak_bytes=memory_peak_bytes,
-            ).where(Session.id == number)
+            ).where(Session.id == number),
         )
-        if result.rowcount:
+        if closed:
             open_channels = Channel.session_id == number, Channel.closed_at.is_(None)
             await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
-        return bool(result.rowcount)
+        return closed
 
 
 async def recover(database: Database, node: str, worker: int | None) -> int:
@@ -179,7 +184,7 @@ async def close_channel(
     which = Channel.session_id == session, Channel.number == number, Channel.closed_at.is_(None)
     values = {"closed_at": now(), "exit_status": exit_status, "exit_signal": exit_signal}
     async with database.write() as transaction:
-        return bool((await transaction.execute(_unsynchronized(update(Channel)).where(*which).values(values))).rowcount)
+        return await _changes(transaction, _unsynchronized(update(Channel)).where(*which).values(values))
 
 
 async def request_kill(database: Database, number: int, by: str) -> bool:
@@ -188,11 +193,11 @@ async def request_kill(database: Database, number: int, by: str) -> bool:
         Session.id == number, Session.state.in_(LIVE), Session.kill_requested_at.is_(None)
     )
     async with database.write() as transaction:
-        result = await transaction.execute(asked.values(kill_requested_at=now(), kill_requested_by=by))
+        new = await _changes(transaction, asked.values(kill_requested_at=now(), kill_requested_by=by))
         session = await transaction.get(Session, number)
         if session is None:
             raise NotFoundError(f"there is no session {number}: see `sandbox-ssh session list`")
-        if result.rowcount:
+        if new:
             await audit.note(
                 transaction,
                 "session-kill-requested",
@@ -239,7 +244,7 @@ async def list_sessions(
     node: str | None = None,
 ) -> Sequence[Session]:
     """Sessions with their channels, the newest last. `since` and `until` bound the time of their start."""
-    query: Select[tuple[Session]] = select(Session)
+    query = select(Session)
     for column, value in (
         (Session.user_name, user),
         (Session.tenant_name, tenant),
@@ -259,6 +264,14 @@ async def list_sessions(
         return (await transaction.scalars(query)).all()
 
 
+async def _insert(transaction: AsyncSession, values: Mapping[str, Any]) -> int:
+    """The table, not the model: the ORM would ask for the row again to make an object that nobody wants."""
+    result = await transaction.execute(insert(cast("Table", Session.__table__)), dict(values))
+    key = cast("CursorResult[Any]", result).inserted_primary_key
+    assert key is not None
+    return int(key[0])
+
+
 def _who(user: User) -> dict[str, Any]:
     return {
         "user_id": user.id,
@@ -270,8 +283,12 @@ def _who(user: User) -> dict[str, Any]:
 
 async def _move(database: Database, number: int, sources: Sequence[State], **values: object) -> bool:
     async with database.write() as transaction:
-        result = await transaction.execute(_transition(sources, **values).where(Session.id == number))
-        return bool(result.rowcount)
+        return await _changes(transaction, _transition(sources, **values).where(Session.id == number))
+
+
+async def _changes(transaction: AsyncSession, statement: Update) -> bool:
+    """Whether a statement found a row in the state that it asks for."""
+    return cast("CursorResult[Any]", await transaction.execute(statement)).rowcount > 0
 
 
 def _transition(sources: Sequence[State], **values: object) -> Update:

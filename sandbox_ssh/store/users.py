@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import argon2
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import selectinload
 
 from sandbox_ssh.errors import AlreadyExistsError, NotFoundError, StoreError
 from sandbox_ssh.store import audit
@@ -79,13 +80,16 @@ def _encode(password: str) -> bytes:
 
 
 async def get(database: Database, name: str) -> User:
-    """Raises `NotFoundError`."""
+    """A user with their keys. Raises `NotFoundError`."""
     async with database.read() as transaction:
-        return await _get(transaction, name)
+        user = await _get(transaction, name)
+        await transaction.refresh(user, ["keys"])
+        return user
 
 
 async def list_users(database: Database, *, tenant: str | None = None) -> Sequence[User]:
-    query = select(User).join(User.tenant).order_by(User.name)
+    """Users with their keys."""
+    query = select(User).join(User.tenant).order_by(User.name).options(selectinload(User.keys))
     if tenant is not None:
         query = query.where(Tenant.name == tenant)
     async with database.read() as transaction:
@@ -144,14 +148,13 @@ async def change(
         return user
 
 
-async def set_password(database: Database, name: str, password: str | None, *, by: str) -> None:
-    """None takes the password away: keys only. Raises `NotFoundError`."""
-    stored = None if password is None else await asyncio.to_thread(_HASHER.hash, _encode(password))
+async def set_password(database: Database, name: str, password: str, *, by: str) -> None:
+    """Raises `NotFoundError`."""
+    stored = await asyncio.to_thread(_HASHER.hash, _encode(password))
     async with database.write() as transaction:
         user = await _get(transaction, name)
         user.password_hash = stored
-        detail = {"by": by, "password": stored is not None}
-        await audit.note(transaction, "password-changed", user=name, tenant=user.tenant.name, detail=detail)
+        await audit.note(transaction, "password-changed", user=name, tenant=user.tenant.name, detail={"by": by})
 
 
 async def remove(database: Database, name: str, *, by: str) -> None:
@@ -161,9 +164,8 @@ async def remove(database: Database, name: str, *, by: str) -> None:
     """
     async with database.write() as transaction:
         user = await _get(transaction, name)
-        live = (
-            await transaction.scalars(select(Session.id).where(Session.user_id == user.id, Session.state.in_(LIVE)))
-        ).all()
+        query = select(Session.id).where(Session.user_id == user.id, Session.state.in_(LIVE))
+        live = (await transaction.scalars(query)).all()
         if live:
             numbers = " ".join(map(str, live))
             raise StoreError(f"{name} has live sessions: end them with `sandbox-ssh session kill {numbers}` first")
@@ -180,14 +182,6 @@ async def add_keys(database: Database, name: str, keys: Sequence[Key], *, by: st
             detail = {"by": by, "keys": [key.fingerprint for key in new]}
             await audit.note(transaction, "key-added", user=name, tenant=user.tenant.name, detail=detail)
         return new
-
-
-async def list_keys(database: Database, name: str) -> Sequence[PublicKey]:
-    """Raises `NotFoundError`."""
-    async with database.read() as transaction:
-        user = await _get(transaction, name)
-        query = select(PublicKey).where(PublicKey.user_id == user.id).order_by(PublicKey.id)
-        return (await transaction.scalars(query)).all()
 
 
 async def remove_key(database: Database, name: str, fingerprint: str, *, by: str) -> None:
@@ -239,10 +233,3 @@ async def _add_keys(transaction: AsyncSession, user: User, keys: Sequence[Key]) 
         if added is not None:
             new.append(key)
     return new
-
-
-async def count_live(database: Database, name: str) -> int:
-    """How many live sessions a user has."""
-    query = select(func.count()).select_from(Session).where(Session.user_name == name, Session.state.in_(LIVE))
-    async with database.read() as transaction:
-        return await transaction.scalar(query) or 0

@@ -153,6 +153,9 @@ class Server:
         result: list[dict[str, Any]] = self.json("session", "list", *filters)
         return result
 
+    def latest(self) -> dict[str, Any]:
+        return max(self.sessions(), key=lambda row: row["id"])
+
     # --- its clients
 
     def ssh_command(self, *words: str, user: str = "ada", options: tuple[str, ...] = ()) -> list[str]:
