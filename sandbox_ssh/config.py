@@ -338,12 +338,12 @@ def _check_environment() -> None:
 
 def _complete(config: Config) -> Config:
     state_dir = config.server.state_dir
-    update: dict[str, Section] = {}
+    found: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
     if not config.database.url:
-        update["database"] = config.database.model_copy(update={"url": f"sqlite:///{state_dir / DATABASE_FILE}"})
+        found["database"] = config.database.model_copy(update={"url": f"sqlite:///{state_dir / DATABASE_FILE}"})
     if not config.ssh.host_keys:
-        update["ssh"] = config.ssh.model_copy(update={"host_keys": (state_dir / HOST_KEY,)})
-    return config.model_copy(update=update)
+        found["ssh"] = config.ssh.model_copy(update={"host_keys": (state_dir / HOST_KEY,)})
+    return Config.model_construct(**found)
 
 
 def _sentence(error: ErrorDetails, file: Path | None, options: Mapping[str, Mapping[str, Any]]) -> str:

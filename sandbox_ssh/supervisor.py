@@ -178,7 +178,9 @@ class Supervisor:
     def _listen_for_gateways(self) -> socket.socket:
         """The spawner's socket; it outlives the spawner, so that gateways find the next one at the same place."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        path = f"/proc/self/fd/{self._directory}/run/spawner.sock"  # sun_path holds 108 bytes; a state_dir may be longer
+        path = (
+            f"/proc/self/fd/{self._directory}/run/spawner.sock"  # sun_path holds 108 bytes; a state_dir may be longer
+        )
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         listener.bind(path)
@@ -300,7 +302,10 @@ def show(paths: list[str], uid: int, gid: int) -> None:
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
     for top in closed:
         inside = [path for path in paths if Path(path).is_relative_to(top)]
-        trees = {path: syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE) for path in inside}
+        trees = {
+            path: syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE)
+            for path in inside
+        }
         files = {path for path in inside if not os.path.isdir(path)}
         syscalls.mount("tmpfs", top, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755,size=1m")
         for path in sorted(trees, key=len):

@@ -47,7 +47,7 @@ def create_accounts() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_users"),
         sa.UniqueConstraint("name", name="uq_users_name"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_users_tenant_id", ondelete="RESTRICT"),
-        sa.CheckConstraint("role IN ('user', 'instructor', 'admin')", name="ck_users_role"),
+        sa.CheckConstraint("role IN ('user', 'instructor', 'admin')", name=op.f("ck_users_role")),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_users_tenant_id", "users", ["tenant_id"])
@@ -114,7 +114,7 @@ def create_sessions() -> None:
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name="fk_sessions_user_id", ondelete="SET NULL"),
         sa.ForeignKeyConstraint(["node"], ["nodes.name"], name="fk_sessions_node"),
         sa.CheckConstraint(
-            "state IN ('starting', 'running', 'closing', 'closed', 'refused', 'lost')", name="ck_sessions_state"
+            "state IN ('starting', 'running', 'closing', 'closed', 'refused', 'lost')", name=op.f("ck_sessions_state")
         ),
     )
     for column in ("tenant_id", "user_id", "started_at"):

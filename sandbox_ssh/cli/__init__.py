@@ -41,6 +41,12 @@ class LazyGroup(TyperGroup):
             self.add_command(_load(COMMANDS[cmd_name]), cmd_name)
         return self.commands.get(cmd_name)
 
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args[0] not in COMMANDS:
+            for name in COMMANDS:  # typer suggests one of those it has loaded
+                self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
+
 
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")

@@ -34,7 +34,8 @@ class Mode(StrEnum):
 def serve(
     here: Context,
     listen: Annotated[
-        list[str] | None, typer.Option(metavar="ADDR:PORT", help="Where to listen; may be repeated. Port 0 takes a free one.")
+        list[str] | None,
+        typer.Option(metavar="ADDR:PORT", help="Where to listen; may be repeated. Port 0 takes a free one."),
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="Privileges apart under root, or all as one ordinary user.")] = None,
 ) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 STATES = ("starting", "running", "closing", "closed", "refused", "lost")
 
 KILLED_WITHIN = 10.0
-"""Seconds that `session kill` waits. A gateway looks for requests twice a second; ending a sandbox takes less than one."""
+"""Seconds that `session kill` waits: a gateway looks for requests twice a second, and its clients get a moment
+to read why."""
 
 MAX_ID = 2**63 - 1
 

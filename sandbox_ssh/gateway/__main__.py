@@ -24,7 +24,7 @@ def main() -> int:
     try:
         settings = load()
         log.configure(settings.log.level, settings.log.format)
-        asyncio.run(_serve(arguments, load))
+        asyncio.run(_serve(arguments, settings, load))
     except SandboxSSHError as error:
         print(f"sandbox-ssh gateway: {error}", file=sys.stderr)
         return 1
@@ -42,12 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(arguments: argparse.Namespace, load: partial[config.Config]) -> None:
+async def _serve(arguments: argparse.Namespace, settings: config.Config, load: partial[config.Config]) -> None:
     def ready() -> None:
         os.write(arguments.ready_fd, b"\0")
         os.close(arguments.ready_fd)
 
-    worker = Worker(load(), arguments.worker, load)
+    worker = Worker(settings, arguments.worker, load)
     await worker.run([socket.socket(fileno=fd) for fd in arguments.listen_fd], ready)
 
 

@@ -37,9 +37,19 @@ class Authentication:
         self._worker = worker
         self._address = address
         self._name: str | None = None
+        self._lookup: asyncio.Future[User | None] | None = None
         self._failures = 0
         self._attempts = 0
-        self._keys_failed: dict[str, None] = {}
+        self._asked = False
+        self._keys_tried: dict[str, None] = {}
+
+    def begin(self, name: str) -> None:
+        """Look a user up as soon as the client has said a name: it takes a round trip more to come with a key."""
+        if name != self._name or self._lookup is None:
+            self._name = name
+            self.user = None
+            self._lookup = asyncio.ensure_future(users.find(self._worker.database, name))
+            self._lookup.add_done_callback(_seen)
 
     async def public_key(self, name: str, key: asyncssh.SSHKey) -> bool:
         """Whether a key belongs to a user; asyncssh verifies the signature after that."""
@@ -54,8 +64,8 @@ class Authentication:
         except StoreError as error:
             raise _unavailable(error) from error
         self.user = user if found is not None else None
-        if self.user is None and len(self._keys_failed) < MAX_KEYS_TOLD:
-            self._keys_failed[fingerprint] = None
+        if len(self._keys_tried) < MAX_KEYS_TOLD:
+            self._keys_tried[fingerprint] = None
         return self.user is not None
 
     async def password(self, name: str, password: str) -> bool:
@@ -81,20 +91,21 @@ class Authentication:
         Raises `asyncssh.DisconnectError` at the last attempt that the configuration allows. The question for the
         methods (`none`, RFC 4252 section 5.2) is no attempt, and is free once.
         """
+        if not self._attempts and not self._asked:
+            self._asked = True
+            return
         self._failures += 1
-        if self._failures >= self._worker.config.ssh.max_auth_tries + (0 if self._attempts else 1):
+        if self._failures >= self._worker.config.ssh.max_auth_tries:
             raise asyncssh.DisconnectError(
                 asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "Too many authentication failures"
             )
-        if not self._attempts:
-            self._failures = 0
 
     async def given_up(self) -> None:
         """The connection has ended without success: record the keys that were tried."""
-        if not self._keys_failed:
+        if not self._keys_tried:
             return
         try:
-            await self._record_failure("publickey", keys=list(self._keys_failed))
+            await self._record_failure("publickey", keys=list(self._keys_tried))
         except StoreError as error:
             log.error("a failed authentication could not be recorded", error=str(error))
 
@@ -103,10 +114,9 @@ class Authentication:
         self.method = method
 
     async def _find(self, name: str) -> User | None:
-        if name != self._name:
-            self.user = None
-        self._name = name
-        return await users.find(self._worker.database, name)
+        self.begin(name)
+        assert self._lookup is not None
+        return await asyncio.shield(self._lookup)
 
     async def _record_failure(self, method: str, **detail: object) -> None:
         log.warning("authentication failed", user=self._name, address=self._address, method=method)
@@ -118,6 +128,12 @@ class Authentication:
             address=self._address,
             detail={"method": method, **detail},
         )
+
+
+def _seen(lookup: asyncio.Future[User | None]) -> None:
+    """A client that leaves after it has said a name does not wait for the answer, whatever it is."""
+    if not lookup.cancelled():
+        lookup.exception()
 
 
 def _unavailable(error: StoreError) -> asyncssh.DisconnectError:

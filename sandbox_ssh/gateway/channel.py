@@ -21,7 +21,7 @@ import asyncssh
 from sandbox_ssh.errors import SpawnerError
 from sandbox_ssh.gateway.environment import accepted
 from sandbox_ssh.gateway.pump import Inflow, Outflow
-from sandbox_ssh.gateway.transport import drop_unsent, when_reader_gone
+from sandbox_ssh.gateway.transport import drop_unsent, mind
 from sandbox_ssh.spawner import protocol
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         self._chan = chan
-        when_reader_gone(chan, self._reader_gone)
+        mind(chan, self._reader_gone)
 
     def pty_requested(
         self, term_type: str | None, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
@@ -295,14 +295,14 @@ class Channel(asyncssh.SSHServerSession[bytes]):
                 outflow.resume()
 
     def _write(self, data: bytes) -> None:
-        assert self._chan is not None
-        self._session.bytes_out += len(data)
-        self._chan.write(data)
+        if self._chan is not None and not self._chan.is_closing():
+            self._session.bytes_out += len(data)
+            self._chan.write(data)
 
     def _write_stderr(self, data: bytes) -> None:
-        assert self._chan is not None
-        self._session.bytes_out += len(data)
-        self._chan.write_stderr(data)
+        if self._chan is not None and not self._chan.is_closing():
+            self._session.bytes_out += len(data)
+            self._chan.write_stderr(data)
 
     def _pause_reading(self) -> None:
         if self._chan is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import ipaddress
+from typing import TYPE_CHECKING, Any
 
 import asyncssh
 
@@ -27,7 +28,7 @@ class Connection(asyncssh.SSHServer):
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         assert isinstance(conn, Transport)
         self._transport = conn
-        self._authentication = Authentication(self._worker, conn.get_extra_info("peername")[0])
+        self._authentication = Authentication(self._worker, _address(conn.get_extra_info("peername")))
         conn.watch(self)
         self._worker.startups.add(conn)
 
@@ -41,6 +42,8 @@ class Connection(asyncssh.SSHServer):
     # Authentication.
 
     def begin_auth(self, username: str) -> bool:
+        assert self._authentication is not None
+        self._authentication.begin(username)
         return True
 
     def public_key_auth_supported(self) -> bool:
@@ -69,16 +72,16 @@ class Connection(asyncssh.SSHServer):
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         login = Login(
             user=authentication.user,
-            address=peer[0],
+            address=_address(peer),
             port=peer[1],
-            local_address=local[0],
+            local_address=_address(local),
             local_port=local[1],
             client_version=transport.get_extra_info("client_version").removeprefix("SSH-2.0-"),
             method=authentication.method,
             key_fingerprint=authentication.key_fingerprint,
         )
         self._session = Session(self._worker, transport, login)
-        self._worker.sessions.add(self._session)
+        self._worker.session_began(self._session)
 
     # The session.
 
@@ -90,3 +93,9 @@ class Connection(asyncssh.SSHServer):
     def flow(self, flowing: bool) -> None:
         if self._session is not None:
             self._session.flow(flowing)
+
+
+def _address(name: tuple[Any, ...]) -> str:
+    """The address of a socket's name; IPv4 as such where it came over a socket that serves both (ipv6(7))."""
+    address = ipaddress.ip_address(name[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)

@@ -30,7 +30,7 @@ class Outflow:
         self._sink = sink
         self._ended = ended
         self._paused = False
-        self._last_call = False
+        self._left: int | None = None
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
@@ -54,17 +54,19 @@ class Outflow:
             self._paused = False
             if self.open:
                 self._loop.add_reader(self._fd, self._readable)
-                if self._last_call:
+                if self._left is not None:
                     self._loop.call_soon(self.finish)
 
     def finish(self) -> None:
         """End where the descriptor is empty instead of where it reports the end.
 
-        For a terminal whose shell has exited: a background process may hold it open for ever. What the shell has
-        written is there already, because read(2) on a PTY's master flushes the line discipline before it says
-        EAGAIN (n_tty_read in the kernel).
+        For a terminal whose shell has exited: a background process may hold it open for ever, and write to it for
+        ever. What the shell has written is there already, because read(2) on a PTY's master flushes the line
+        discipline before it says EAGAIN (n_tty_read in the kernel), and is less than a burst: a terminal buffers
+        64 KiB (tty_buffer.c), a pipe as much.
         """
-        self._last_call = True
+        if self._left is None:
+            self._left = BURST
         if self.open and not self._paused:
             self._readable()
 
@@ -82,14 +84,15 @@ class Outflow:
             if data:
                 moved += len(data)
                 self._sink(data)
+            if self._left is not None:
+                self._left -= len(data)
+                more = more and self._left > 0
             if not more:
                 self.close()
                 self._ended()
                 return
             if not data:
                 return
-        if self._last_call and self.open and not self._paused:
-            self._loop.call_soon(self.finish)
 
     def _read(self) -> tuple[bytes, bool]:
         """Read at most a chunk; say whether the descriptor may have more, now or later.
@@ -103,7 +106,7 @@ class Outflow:
             try:
                 data = os.read(self._fd, CHUNK - size)
             except BlockingIOError:
-                more = not self._last_call
+                more = self._left is None
                 break
             except OSError:  # EIO: the last process has closed the terminal (pty(7))
                 data = b""

@@ -260,6 +260,7 @@ class Session:
         if self._end_reason is not None:
             return
         self._end_reason = reason
+        log.info("session is being ended", session=self.id, user=self._login.user.name, reason=reason)
         if self._refusal is None:
             self._refusal = sentence
         for channel in list(self._channels.values()):
@@ -300,7 +301,7 @@ class Session:
         if self.id:
             await self._record.write(self._close_row)
         log.info("session ended", session=self.id, reason=self._end_reason, user=self._login.user.name)
-        self._worker.sessions.discard(self)
+        self._worker.session_over(self)
 
     async def _close_row(self) -> None:
         assert self._end_reason is not None

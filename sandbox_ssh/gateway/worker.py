@@ -48,6 +48,8 @@ class Worker:
         self.hashing = asyncio.Semaphore(os.cpu_count() or 1)
         self.startups: set[Transport] = set()
         self.sessions: set[Session] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._load = load
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -87,6 +89,15 @@ class Worker:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a task failed", exc_info=error)
 
+    def session_began(self, session: Session) -> None:
+        self.sessions.add(session)
+        self._idle.clear()
+
+    def session_over(self, session: Session) -> None:
+        self.sessions.discard(session)
+        if not self.sessions:
+            self._idle.set()
+
     def reload(self) -> None:
         """SIGHUP: take the configuration as it is now for new sessions, or keep the old one if it has an error."""
         try:
@@ -110,7 +121,6 @@ class Worker:
                 continue
             for number, by in wanted:
                 for session in [session for session in self.sessions if session.id == number]:
-                    log.info("session ended by an administrator", session=number, by=by)
                     session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
 
     async def _shut_down(self, servers: Sequence[asyncio.Server]) -> None:
@@ -132,9 +142,7 @@ class Worker:
 
     async def _sessions_gone(self, timeout: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while self.sessions:
-                    await asyncio.sleep(0.05)
+            await asyncio.wait_for(self._idle.wait(), timeout)
 
 
 def _settle_memory() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def _subtree(name: str) -> int | None:
         sweep()
         (parent / name).mkdir(exist_ok=True)
         directory = os.open(parent / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (OSError, StopIteration):
         return None
@@ -115,12 +117,21 @@ def sweep() -> bool:
         return True
     parent, clean = own.parent if own.name == _SERVER else own, True
     for tree in parent.glob(f"{_PREFIX}*"):
-        if not Path("/proc", tree.name.removeprefix(_PREFIX)).exists():
-            try:
-                for directory in (*tree.glob("*/"), tree):
-                    directory.rmdir()
-            except OSError as error:
-                clean = clean and error.errno != errno.EBUSY
+        try:
+            lock = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            # Its spawner holds this lock as long as it lives, in whichever pid namespace that is.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for directory in (*tree.glob("*/"), tree):
+                directory.rmdir()
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            clean = clean and error.errno != errno.EBUSY
+        finally:
+            os.close(lock)
     return clean
 
 

@@ -55,7 +55,9 @@ class Host:
     groups: bool
 
 
-def start(host: Host, layout: Layout, holder: Holder, *, network: bool, cgroup: int | None) -> tuple[int, socket.socket]:
+def start(
+    host: Host, layout: Layout, holder: Holder, *, network: bool, cgroup: int | None
+) -> tuple[int, socket.socket]:
     """Fork the builder. Returns its pid and the socket on which sandbox and spawner speak:
 
     builder:  `P<pid> ` when PID 1 exists and its namespaces are mapped, with the descriptor of /dev/pts
@@ -184,5 +186,3 @@ def netlink_request(link: socket.socket, messages: bytes, what: str) -> None:
                     raise OSError(error, os.strerror(error), what)
                 wanted -= 1
             position += max(16, (length + 3) & ~3)
-
-

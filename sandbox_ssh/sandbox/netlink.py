@@ -17,7 +17,7 @@ from sandbox_ssh.errors import SandboxError
 ADDRESS, PREFIX, GATEWAY, RESOLVER = "10.0.2.100", 24, "10.0.2.2", "10.0.2.3"
 MTU = 65520
 MAC = "52:55:0a:00:02:64"
-BRIDGE, TAP_IN_SANDBOX = 2, 2  # interface indexes, ours to choose in namespaces that hold nothing but lo
+BRIDGE, TAP_IN_SANDBOX = 16, 2  # interface indexes, ours to choose in namespaces of our own; slirp4netns takes the next free
 _PLACE = 0x7EADBEEF  # stands where PID 1's pid goes
 
 
@@ -69,9 +69,7 @@ def _encode() -> dict[str, bytes]:
 
     create = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 
-    def message(
-        kind: type, number: int, how: int, attributes: list[tuple[str, object]], **fields: object
-    ) -> bytes:
+    def message(kind: type, number: int, how: int, attributes: list[tuple[str, object]], **fields: object) -> bytes:
         result = kind()
         for name, value in fields.items():
             result[name] = value

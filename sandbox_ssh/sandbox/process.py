@@ -81,7 +81,9 @@ class Streams:
         except OSError as error:
             self.close()
             if pty is not None and error.errno == 28:  # ENOSPC: devpts' `max=` is reached
-                raise SandboxError("no PTY is left in this sandbox: close a terminal, or ask for more `ptys`") from error
+                raise SandboxError(
+                    "no PTY is left in this sandbox: close a terminal, or ask for more `ptys`"
+                ) from error
             raise
 
     def _open_pty(self, target: Target, pty: dict[str, Any]) -> None:
@@ -90,7 +92,9 @@ class Streams:
         fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
         slave = fcntl.ioctl(master, _TIOCGPTPEER, _O_TTY)
         self.far = [slave, slave, slave]
-        fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", pty["rows"], pty["columns"], pty["width"], pty["height"]))
+        fcntl.ioctl(
+            master, termios.TIOCSWINSZ, struct.pack("HHHH", pty["rows"], pty["columns"], pty["width"], pty["height"])
+        )
         set_modes(slave, pty["modes"])
 
     def close_far(self) -> None:
@@ -166,7 +170,9 @@ def _become(target: Target, streams: Streams, command: str | None, environment: 
         os.dup2(fd, number)
     reset_signals()
     os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 1))  # 1 stops `|pipe` core patterns too (fs/coredump.c)
+    # 1 and not 0: that stops a core_pattern's `|program` on the host, too (fs/coredump.c, do_coredump).
+    core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (core, core))
     hard = min(_OPEN_FILES[1], resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES[0], hard), hard))
     home, shell = _account()

@@ -34,8 +34,8 @@ _SPECIAL = sys.MS_NOSUID | sys.MS_NODEV | sys.MS_NOEXEC
 _ETC_FROM_HOST = (
     "alternatives", "bash.bashrc", "bindresvport.blacklist", "ca-certificates", "debian_version", "default/locale",
     "fonts", "gai.conf", "host.conf", "inputrc", "java-17-openjdk", "java-21-openjdk", "ld.so.cache", "ld.so.conf",
-    "ld.so.conf.d", "locale.alias", "localtime", "login.defs", "lsb-release", "mime.types", "networks", "perl",
-    "profile", "protocols", "python3", "rpc", "services", "skel", "ssl/certs", "ssl/openssl.cnf", "terminfo",
+    "ld.so.conf.d", "locale.alias", "localtime", "login.defs", "lsb-release", "mime.types", "networks", "pam.d", "perl",
+    "profile", "protocols", "python3", "rpc", "security", "services", "skel", "ssl/certs", "ssl/openssl.cnf", "terminfo",
     "timezone", "vim", "xattr.conf",
 )  # fmt: skip
 
@@ -221,7 +221,14 @@ class Base:
         sys.pivot_root(".", ".")
         sys.umount(".", sys.MNT_DETACH)
         os.chdir("/")
-        for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755), ("tmp", 0o1777), ("etc", 0o755)):
+        for name, mode in (
+            ("proc", 0o555),
+            ("sys", 0o555),
+            ("dev", 0o755),
+            ("run", 0o755),
+            ("tmp", 0o1777),
+            ("etc", 0o755),
+        ):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, mode)
                 os.chown(name, root, root)
@@ -235,7 +242,13 @@ class Base:
         )  # fmt: skip
         owner = f"uid={root},gid={root}"
         sys.mount("tmpfs", "/dev/shm", "tmpfs", _TMPFS, f"mode=1777,{owner},size={layout.shm_bytes}")
-        sys.mount("tmpfs", "/tmp", "tmpfs", _TMPFS, f"mode=1777,{owner},size={layout.tmp_bytes},nr_inodes={layout.disk_inodes}")
+        sys.mount(
+            "tmpfs",
+            "/tmp",
+            "tmpfs",
+            _TMPFS,
+            f"mode=1777,{owner},size={layout.tmp_bytes},nr_inodes={layout.disk_inodes}",
+        )
         sys.mount("tmpfs", "/run", "tmpfs", _TMPFS, f"mode=0755,{owner},size=16m,nr_inodes=4096")
         _write_names(layout.hostname, root)
         return os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

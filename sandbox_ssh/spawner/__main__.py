@@ -51,6 +51,8 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError):  # sudo sets it to 0, and raising it takes CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # what the sandboxes' processes start with
     messages = netlink.encode()
     init = os.open(_program("catatonit"), os.O_RDONLY | os.O_CLOEXEC)
     _program("nft"), _program("slirp4netns")
@@ -130,7 +132,9 @@ def _unshare_while(commands: list[list[str]]) -> None:
     try:
         syscalls.unshare(syscalls.CLONE_NEWUSER)
     except OSError as error:
-        raise SandboxError(f"user namespaces are not allowed here ({error.strerror}): run `sandbox-ssh doctor`") from error
+        raise SandboxError(
+            f"user namespaces are not allowed here ({error.strerror}): run `sandbox-ssh doctor`"
+        ) from error
     finally:
         ours.send(b"+")
         answer = ours.recv(600)

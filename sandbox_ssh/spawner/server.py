@@ -444,7 +444,11 @@ def _failure(text: str) -> SandboxError:
 
 
 def _code(error: Exception) -> str:
-    return "limit" if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.EAGAIN) else "failed"
+    return (
+        "limit"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.EAGAIN)
+        else "failed"
+    )
 
 
 def _sentence(error: Exception) -> str:

@@ -27,7 +27,7 @@ def clean(text: str, limit: int) -> str:
 
 
 class CleanText(TypeDecorator[str]):
-    """Text of at most `limit` characters; more is cut off, as an index of PostgreSQL's takes no more than 2,704 bytes."""
+    """Text of at most `limit` characters; more is cut off: PostgreSQL indexes no more than 2,704 bytes."""
 
     impl = Text
     cache_ok = True

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pwd
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def parse_url(url: str) -> URL:
     """Raises `StoreError`, which does not repeat the text: there may be a password in it."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
         raise StoreError("the database's URL cannot be read: write sqlite:////path/file.db or postgresql://…") from None
     if parsed.drivername.partition("+")[0] not in DRIVERS:
         raise StoreError(f"{parsed.drivername} is no database for this server: use sqlite or postgresql")
@@ -129,13 +131,17 @@ def prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        # WAL: readers and a writer at once. NORMAL: a commit waits for no disk; after a power cut the database is
-        # whole and lacks at most the last moments, in which the sandboxes have died as well.
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+        try:
+            connection.isolation_level = None
+            cursor = connection.cursor()
+            # With a write-ahead log, NORMAL means that a commit waits for no disk; after a power cut the database is
+            # whole and lacks at most the last moments, in which the sandboxes have died as well.
+            for pragma in ("synchronous=NORMAL", "foreign_keys=ON"):
+                cursor.execute(f"PRAGMA {pragma}")
+            cursor.close()
+        except BaseException:
+            connection.close()  # the pool forgets a connection that fails here, and with it aiosqlite's thread
+            raise
 
     @event.listens_for(engine, "begin")
     def begun(connection: Any) -> None:
@@ -175,10 +181,17 @@ def _lacks_tables(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig)
 
 
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def _reason(error: Exception) -> str:
     original = getattr(error, "orig", None) or error
     if isinstance(original, sqlite3.OperationalError) and "unable to open" in str(original):
-        return "the file cannot be opened or made; see who owns it and its directory, and run this as that user"
+        return f"user {_user()} may not open it, or it is not there"
     lines = str(original).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(original).__name__
 
@@ -220,17 +233,34 @@ def revision_of(connection: Connection) -> str | None:
     return revision
 
 
-def make_private(url: str) -> None:
-    """SQLite makes a file that all may read; it holds password hashes. Its -wal and -shm take over the mode."""
-    parsed = parse_url(url)
-    if dialect(parsed) != "sqlite" or not parsed.database:
-        return
+def make_sqlite(file: str) -> None:
+    """Make the file, if it is not there, with a write-ahead log: readers and a writer at once, from now on.
+
+    SQLite itself would make a file that all may read, and this one holds password hashes. Its -wal and -shm take over
+    the mode.
+    """
     try:
-        os.close(os.open(parsed.database, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        return
+        pass
     except OSError as error:
-        raise StoreError(f"the database {parsed.database} cannot be made: {error.strerror}") from error
+        raise StoreError(
+            f"the database {file} cannot be made by user {_user()} ({error.strerror}): "
+            f"give that user a directory to hold it, not {Path(file).parent}"
+        ) from error
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                # Two that make the same file: for this change SQLite does not wait by itself.
+                if time.monotonic() > deadline:
+                    raise StoreError(f"the database {file} cannot be used: {error}") from error
+                time.sleep(0.01)
+            except sqlite3.DatabaseError as error:
+                raise StoreError(f"the database {file} cannot be used: {error}") from error
 
 
 def insert_or(transaction: AsyncSession, model: type[Model]) -> sqlite.Insert | postgresql.Insert:

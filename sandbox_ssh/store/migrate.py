@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from sandbox_ssh.store import database
-from sandbox_ssh.store.database import connect, current, dialect, make_private, parse_url, require_schema, revision_of
+from sandbox_ssh.store.database import connect, current, dialect, make_sqlite, parse_url, require_schema, revision_of
 
 __all__ = ["connect", "current", "head", "upgrade"]
 
@@ -35,13 +35,15 @@ def upgrade(url: str) -> str | None:
 
     Two that do this at the same time wait for each other, and the second one finds nothing to do. Raises `StoreError`.
     """
-    make_private(url)
+    parsed = parse_url(url)
+    if dialect(parsed) == "sqlite":
+        make_sqlite(parsed.database or "")
     with connect(url, writes=True) as connection:
-        if dialect(parse_url(url)) != "sqlite":
+        if dialect(parsed) != "sqlite":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         before = revision_of(connection)
         if before is not None and before > head():
-            require_schema(parse_url(url), before)
+            require_schema(parsed, before)
         command.upgrade(configuration(connection), "head")
     return before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -130,12 +131,19 @@ class Server:
     def descriptors(self) -> dict[int, int]:
         """How many descriptors each process of the server has, sandboxes and uplinks left out."""
         assert self.process is not None
-        lasting = [self.process.pid, *self.pids("sandbox-spawner"), *self.pids("sandbox-uplink"), *self.pids("sandbox-gateway")]
+        lasting = [
+            self.process.pid,
+            *self.pids("sandbox-spawner"),
+            *self.pids("sandbox-uplink"),
+            *self.pids("sandbox-gateway"),
+        ]
         return {pid: len(os.listdir(f"/proc/{pid}/fd")) for pid in lasting}
 
     # --- its commands
 
-    def cli(self, *arguments: str | Path, check: bool = True, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str | Path, check: bool = True, input: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = self.as_user(sys.executable, "-P", "-m", "sandbox_ssh", *arguments)
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, input=input)
         if check and done.returncode:
@@ -178,10 +186,14 @@ class Server:
         """The output of a shell script in a sandbox; it must succeed."""
         done = self.ssh(script, **options)
         if done.returncode:
-            pytest.fail(f"{script!r}: exit {done.returncode}\n{done.stdout.decode()}\n{done.stderr.decode()}\n{self.log.read_text()}")
+            pytest.fail(
+                f"{script!r}: exit {done.returncode}\n{done.stdout.decode()}\n{done.stderr.decode()}\n{self.log.read_text()}"
+            )
         return done.stdout.decode()
 
-    def popen(self, *words: str, options: tuple[str, ...] = (), user: str = "ada", **kwargs: Any) -> subprocess.Popen[bytes]:
+    def popen(
+        self, *words: str, options: tuple[str, ...] = (), user: str = "ada", **kwargs: Any
+    ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             self.ssh_command(*words, options=options, user=user), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, **kwargs,
@@ -259,17 +271,34 @@ def end(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
             stream.close()
 
 
+def _abandoned(cgroup: str) -> bool:
+    """A spawner's cgroup is locked as long as it lives."""
+    try:
+        fd = os.open(cgroup, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """After the last server has stopped there is no process, mount or cgroup that was not there before."""
 
     def mounts() -> set[str]:
-        return {line.split(" - ")[1] + line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+        return {
+            line.split(" - ")[1] + line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        }
 
     def cgroups() -> set[str]:
         return {str(path) for path in Path("/sys/fs/cgroup").glob("**/sandbox-ssh.*")}
 
-    before, mounted, grouped = processes(), mounts(), cgroups()
+    before, mounted = processes(), mounts()
     yield
     own = descendants(os.getpid())
     names = ("slirp4netns", "sandbox-spawner", "sandbox-uplink", "sandbox-gateway", "sandbox-ssh", "init", "catatonit")
@@ -280,4 +309,4 @@ def nothing_is_left() -> Iterator[None]:
 
     wait_until(lambda: not left(), f"no process of a server to be left: {left()}")
     assert mounts() == mounted
-    assert cgroups() <= grouped
+    wait_until(lambda: not [path for path in cgroups() if _abandoned(path)], f"no cgroup of a server to be left: {cgroups()}")

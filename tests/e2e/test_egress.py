@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e import internet
-from tests.e2e.conftest import Server, make_server
+from tests.e2e.conftest import Server, end, make_server, wait_until
 from tests.e2e.internet import HERE_LAN, HERE_PUBLIC, LAN, METADATA, PORT, PUBLIC, StandIn
 
 pytestmark = pytest.mark.host
@@ -87,7 +88,7 @@ def here(network: internet.Internet) -> Iterator[StandIn]:
 
 
 def python(server: Server, script: str, *arguments: str, before: str = "true") -> str:
-    done = server.ssh(f"{before}; python3 - {' '.join(arguments)}", input=script.encode(), timeout=180)
+    done = server.ssh(f"{before}\npython3 - {' '.join(arguments)}", input=script.encode(), timeout=180)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
 
@@ -102,7 +103,7 @@ def test_what_must_not_be_reached_is_not(online: Server, there: StandIn, here: S
     seen, seen_here = len(there.contacts), len(here.contacts)
     private = (LAN, METADATA, HERE_LAN, HERE_PUBLIC, "10.0.2.2", "127.0.0.1")
     assert set(python(online, REACH, *private).split()) == {"no"}
-    assert there.contacts[seen:] == [] and here.contacts[seen_here:] == []
+    assert [line for line in there.contacts[seen:] if PUBLIC not in line] == [] and here.contacts[seen_here:] == []
 
 
 def test_raw_frames_reach_nothing(online: Server, there: StandIn, here: StandIn) -> None:
@@ -130,19 +131,16 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
     try: s.connect(('127.0.0.1', 7000)); s.send(b'x')
     except OSError: pass
 """
-    python(online, script)
+    for _ in range(6):  # each session has an uplink of its own, and each must have its filter
+        python(online, script)
     assert here.contacts[seen:] == []
 
 
 def test_the_stand_ins_would_hear_it(network: internet.Internet, here: StandIn) -> None:
     """The attacks' target is alive: what stays silent above answers from the host itself."""
-    import subprocess
-
     seen = len(here.contacts)
     script = f"import socket; print(socket.create_connection(('127.0.0.1', {PORT}), 2).recv(9))"
     subprocess.run(["ip", "netns", "exec", network.here, "python3", "-c", script], check=True, capture_output=True)
-    from tests.e2e.conftest import wait_until
-
     wait_until(lambda: here.contacts[seen:], "the contact to be counted")
 
 
@@ -151,6 +149,4 @@ def test_sandboxes_do_not_reach_each_other(online: Server) -> None:
     try:
         assert python(online, REACH, "10.0.2.100").split() == ["no", "no"]
     finally:
-        from tests.e2e.conftest import end
-
         end(other)

@@ -39,7 +39,9 @@ def sandbox_processes(server: Server) -> set[int]:
 
 def busy_clients(server: Server, count: int) -> list[subprocess.Popen[bytes]]:
     clients = [
-        subprocess.Popen(server.ssh_command(BUSY), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            server.ssh_command(BUSY), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for _ in range(count)
     ]
     wait_until(lambda: len(server.sessions("--state", "running")) == count, f"{count} sessions to run")
@@ -58,7 +60,12 @@ def recovered(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("sandbox-gateway", "server-failure"), ("sandbox-spawner", "server-failure"), ("sandbox-uplink", "server-failure")]
+    ("name", "reason"),
+    [
+        ("sandbox-gateway", "server-failure"),
+        ("sandbox-spawner", "server-failure"),
+        ("sandbox-uplink", "server-failure"),
+    ],
 )
 def test_a_killed_part_of_the_server_is_started_again(own_server: Server, name: str, reason: str) -> None:
     own_server.start()
@@ -87,7 +94,9 @@ def test_a_killed_part_of_a_sandbox_ends_that_session_alone(own_server: Server, 
             if any(client.poll() is not None for client in clients):
                 break
     wait_until(lambda: any(client.poll() is not None for client in clients), "one client to be told")
-    ended = wait_until(lambda: [row for row in own_server.sessions() if row["state"] == "closed"], "one row to be closed")
+    ended = wait_until(
+        lambda: [row for row in own_server.sessions() if row["state"] == "closed"], "one row to be closed"
+    )
     assert [row["end_reason"] for row in ended] == ["sandbox-failure"]
     assert len(own_server.sessions("--state", "running")) == 1
     for client in clients:
@@ -141,12 +150,18 @@ def test_random_kills_under_load(own_server: Server) -> None:
             for _ in range(3)
         ]  # fmt: skip
         time.sleep(chance.uniform(0.05, 0.5))
-        kind = chance.choice(["sandbox-gateway", "sandbox-spawner", "sandbox-uplink", "slirp4netns", "init", "client", "client"])
+        kind = chance.choice(
+            ["sandbox-gateway", "sandbox-spawner", "sandbox-uplink", "slirp4netns", "init", "client", "client"]
+        )
         if kind == "client":
             chance.choice(clients).kill()
             continue
         table = processes()
-        victims = [pid for pid in descendants(own_server.process.pid) if table.get(pid, (0, ""))[1] in (kind, "catatonit" if kind == "init" else kind)]
+        victims = [
+            pid
+            for pid in descendants(own_server.process.pid)
+            if table.get(pid, (0, ""))[1] in (kind, "catatonit" if kind == "init" else kind)
+        ]
         if victims:
             os.kill(chance.choice(victims), signal.SIGKILL)
     time.sleep(1)
@@ -210,23 +225,31 @@ def seeded(size: int) -> str:
 
 @pytest.mark.parametrize("tty", [False, True], ids=["exec", "pty"])
 def test_a_gigabyte_down_is_whole(service: Server, tty: bool) -> None:
-    expected = subprocess.run(["sh", "-c", f"{seeded(GIB)} | sha256sum"], capture_output=True, check=True, text=True).stdout.split()[0]
+    expected = subprocess.run(
+        ["sh", "-c", f"{seeded(GIB)} | sha256sum"], capture_output=True, check=True, text=True
+    ).stdout.split()[0]
     command = f"stty raw -echo; {seeded(GIB)}" if tty else seeded(GIB)
     client = subprocess.Popen(
         service.ssh_command(command, options=("-tt",) if tty else ()), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     )
-    done = subprocess.run([sys.executable, "-c", DIGEST], stdin=client.stdout, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST], stdin=client.stdout, capture_output=True, text=True, timeout=300
+    )
     assert client.wait(20) == 0
     assert done.stdout.split() == [str(GIB), expected]
 
 
 @pytest.mark.parametrize("tty", [False, True], ids=["exec", "pty"])
 def test_a_gigabyte_up_is_whole(service: Server, tty: bool) -> None:
-    expected = subprocess.run(["sh", "-c", f"{seeded(GIB)} | sha256sum"], capture_output=True, check=True, text=True).stdout.split()[0]
+    expected = subprocess.run(
+        ["sh", "-c", f"{seeded(GIB)} | sha256sum"], capture_output=True, check=True, text=True
+    ).stdout.split()[0]
     # A terminal has no end of file: the far side counts.
     command = f"stty raw -echo; echo ready; head -c {GIB} | sha256sum" if tty else "echo ready; sha256sum"
     client = subprocess.Popen(
-        service.ssh_command(command, options=("-tt", "-e", "none") if tty else ()), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        service.ssh_command(command, options=("-tt", "-e", "none") if tty else ()),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert client.stdin is not None and client.stdout is not None
     assert client.stdout.readline().strip() == b"ready"
@@ -272,7 +295,10 @@ def test_a_client_that_stops_reading_stalls_its_own_channel_only(service: Server
     service.run("true")
     before = memory()
     done = subprocess.run(
-        [sys.executable, "-c", STALLED, service.host, str(service.port), str(service.key)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", STALLED, service.host, str(service.port), str(service.key)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout.splitlines() == [f"['{n}', '1000000']" for n in range(5)], done.stderr
     assert memory() - before < 64 << 20

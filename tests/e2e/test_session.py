@@ -24,7 +24,9 @@ pytestmark = pytest.mark.host
 class Terminal:
     """`ssh -tt` on a terminal of ours, read and typed at like a person does."""
 
-    def __init__(self, server: Server, *words: str, rows: int = 24, columns: int = 80, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, server: Server, *words: str, rows: int = 24, columns: int = 80, options: tuple[str, ...] = ()
+    ) -> None:
         self.master, slave = pty.openpty()
         self.resize(rows, columns)
         environment = {"PATH": os.environ["PATH"], "HOME": str(server.directory), "TERM": "xterm-256color"}
@@ -131,7 +133,9 @@ def test_secrets_of_etc_are_not_the_hosts(server: Server) -> None:
 
 def test_usr_is_read_only_for_the_host_and_an_overlay_inside(service: Server) -> None:
     before = os.stat("/usr/bin/env").st_mtime_ns, os.path.getsize("/usr/bin/env")
-    assert service.run("echo changed > /usr/bin/env; rm /usr/bin/true; cat /usr/bin/env; ls -l /usr/bin/true 2>&1 || true").startswith("changed")
+    assert service.run(
+        "echo changed > /usr/bin/env; rm /usr/bin/true; cat /usr/bin/env; ls -l /usr/bin/true 2>&1 || true"
+    ).startswith("changed")
     assert (os.stat("/usr/bin/env").st_mtime_ns, os.path.getsize("/usr/bin/env")) == before
     assert os.path.exists("/usr/bin/true")
     assert service.run("stat -c %U:%G /usr/bin/env /etc/passwd /").split() == ["root:root"] * 3
@@ -210,7 +214,13 @@ def test_terminal_modes_are_applied(server: Server) -> None:
 
 def test_environment(server: Server) -> None:
     out = server.run(
-        "env", options=("-o", "SetEnv=LC_PAPER=de_DE COLORTERM=truecolor LD_PRELOAD=/x PATH=/evil HOME=/evil", "-o", "SendEnv=LANG")
+        "env",
+        options=(
+            "-o",
+            "SetEnv=LC_PAPER=de_DE COLORTERM=truecolor LD_PRELOAD=/x PATH=/evil HOME=/evil",
+            "-o",
+            "SendEnv=LANG",
+        ),
     )
     environment = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     assert environment["LANG"] == "C.UTF-8"
@@ -256,7 +266,10 @@ asyncio.run(main())
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-c", script, server.host, str(server.port), str(server.key)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, server.host, str(server.port), str(server.key)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout.split("\n")[:4] == ["got-usr1", "KILL", "['x', 'eof-seen']", "alive"], done.stderr
 
@@ -300,7 +313,10 @@ def test_nothing_accumulates(server: Server) -> None:
     for _ in range(10):
         server.run("true")
     wait_until(lambda: not server.sessions("--state", "running"), "no session")
-    wait_until(lambda: all(abs(count - before[pid]) <= 6 for pid, count in server.descriptors().items()), f"descriptors as before: {before}")
+    wait_until(
+        lambda: all(abs(count - before[pid]) <= 6 for pid, count in server.descriptors().items()),
+        f"descriptors as before: {before}",
+    )
 
 
 def test_nested_namespaces_work(server: Server) -> None:
@@ -314,13 +330,21 @@ def test_nested_namespaces_work(server: Server) -> None:
 
 
 def test_what_lies_below_proc_and_sys_shows_nothing_of_the_host(server: Server) -> None:
-    out = server.run("umount /proc; ls -d /proc/[0-9]* 2>/dev/null; umount /sys; ls /sys/class/net; umount /proc 2>&1; true")
+    out = server.run(
+        "umount /proc; ls -d /proc/[0-9]* 2>/dev/null; umount /sys; ls /sys/class/net; umount /proc 2>&1; true"
+    )
     assert not re.search(r"/proc/\d+", out)
     assert not [line for line in out.split() if re.match(r"(eth|ens|docker|veth)\d", line)]
 
 
 def test_locked_mounts_cannot_be_undone(server: Server) -> None:
-    for attempt in ("mount -o remount,bind,rw /dev", "umount /usr", "umount -l /dev", "mknod /tmp/sda b 8 0", "touch /dev/x"):
+    for attempt in (
+        "mount -o remount,bind,rw /dev",
+        "umount /usr",
+        "umount -l /dev",
+        "mknod /tmp/sda b 8 0",
+        "touch /dev/x",
+    ):
         assert server.ssh(attempt).returncode != 0, attempt
 
 

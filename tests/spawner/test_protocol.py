@@ -81,7 +81,16 @@ def test_names_are_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [{"A=B": "x"}, {"": "x"}, {"1A": "x"}, {"A": "x\0y"}, {"A": 1}, {"A": "x" * 5000}, {f"A{n}": "" for n in range(65)}, ["A"]],
+    [
+        {"A=B": "x"},
+        {"": "x"},
+        {"1A": "x"},
+        {"A": "x\0y"},
+        {"A": 1},
+        {"A": "x" * 5000},
+        {f"A{n}": "" for n in range(65)},
+        ["A"],
+    ],
 )
 def test_environments_are_environments(environment: Any) -> None:
     message = {"request": 1, "type": "spawn", **asdict(SPAWN), "environment": environment}
