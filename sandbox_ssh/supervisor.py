@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import cgroup, syscalls
-from sandbox_ssh.sandbox.loop import Future, Loop
+from sandbox_ssh.sandbox.loop import Loop
 
 SPAWNER_START = 30.0
 GATEWAY_START = 60.0
@@ -70,6 +70,7 @@ class Supervisor:
         self.loop = Loop()
         self._stopping = False
         self._announced = False
+        self._last_spawner = 0
         self._sockets = bind(settings.listen, settings.workers)
         self._directory = os.open(settings.state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._spawner_listener = self._listen_for_gateways()
@@ -78,7 +79,6 @@ class Supervisor:
             Service(f"gateway {number}", lambda number=number: self._start_gateway(number))  # type: ignore[misc]
             for number in range(settings.workers)
         ]
-        self._ready: dict[int, Future[None]] = {}
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # what a killed child leaves behind is reaped here
         self._signals()
 
@@ -134,7 +134,7 @@ class Supervisor:
     async def _leave_nothing(self) -> None:
         """The spawner is dead; its sandboxes are dying, and their cgroups can go when they have."""
         for _ in range(100):
-            if cgroup.sweep():
+            if cgroup.sweep(self._last_spawner):
                 break
             await self.loop.sleep(0.02)
         self.loop.stop()
@@ -153,6 +153,8 @@ class Supervisor:
         self.loop.on_exit(service.pid, lambda status, _: self._exited(service, status))
 
     def _exited(self, service: Service, status: int) -> None:
+        if service is self._spawner:
+            self._last_spawner = service.pid
         service.pid = 0
         if self._stopping:
             self._stop_if_done()

@@ -81,7 +81,8 @@ class Wire(asyncio.Transport):
     def abort(self) -> None:
         self._flush()
         self._transport.close()
-        self._loop.call_later(LINGER, self._transport.abort)
+        if self._transport.get_write_buffer_size():
+            self._loop.call_later(LINGER, self._transport.abort)
 
     def _flush(self) -> None:
         if self._pending:
@@ -165,6 +166,10 @@ class Transport(asyncssh.SSHServerConnection):
         if greeting:
             super().data_received(bytes(greeting))
 
+    def connection_lost(self, exc: Exception | None = None) -> None:
+        self._greeting = None
+        super().connection_lost(exc)
+
     def login_done(self) -> None:
         self._socket = None
 
@@ -195,13 +200,16 @@ class Transport(asyncssh.SSHServerConnection):
             super().send_packet(pkttype, *args, handler=handler)
             return
         writes = self._wire.writes
-        super().send_packet(pkttype, *args, handler=handler)
+        super().send_packet(pkttype, *args)
         if self._wire.writes == writes:  # kept until the key exchange is over
             self._deferred += len(args[0])
             self._tell()
         elif self._deferred:
             self._deferred = 0
             self._tell()
+
+    def log_sent_packet(self, pkttype: int, pktid: int | None, packet: object, note: str = "") -> None:
+        """Data packets are not described for a debug log that is never written."""
 
     def send_userauth_failure(self, partial_success: bool) -> None:
         if self._watcher is not None:

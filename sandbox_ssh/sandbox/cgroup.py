@@ -7,7 +7,6 @@ processes, and `sandbox-ssh doctor` says so.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from dataclasses import dataclass
@@ -109,30 +108,24 @@ def _subtree(name: str) -> int | None:
     return directory
 
 
-def sweep() -> bool:
-    """Remove what dead spawners left; False while processes of theirs are still dying in it."""
+def sweep(spawner: int = 0) -> bool:
+    """Remove what dead spawners left; whether nothing is left of the one whose pid this was."""
     try:
         own = _own()
     except (OSError, StopIteration):
         return True
-    parent, clean = own.parent if own.name == _SERVER else own, True
+    parent = own.parent if own.name == _SERVER else own
     for tree in parent.glob(f"{_PREFIX}*"):
-        try:
+        with contextlib.suppress(OSError):  # in use, or dying still
             lock = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            # Its spawner holds this lock as long as it lives, in whichever pid namespace that is.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for directory in (*tree.glob("*/"), tree):
-                directory.rmdir()
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            clean = clean and error.errno != errno.EBUSY
-        finally:
-            os.close(lock)
-    return clean
+            try:
+                # Its spawner holds this lock as long as it lives, in whichever pid namespace that is.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for directory in (*tree.glob("*/"), tree):
+                    directory.rmdir()
+            finally:
+                os.close(lock)
+    return not (parent / f"{_PREFIX}{spawner}").exists()
 
 
 def _read(directory: int, name: str) -> str:

@@ -59,9 +59,6 @@ class Database:
             asyncio.Lock() if dialect(self._url) == "sqlite" else contextlib.nullcontext()
         )
 
-    def __str__(self) -> str:
-        return describe(self._url)
-
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """For SELECTs; two of them may see different moments.

@@ -298,7 +298,7 @@ def nothing_is_left() -> Iterator[None]:
     def cgroups() -> set[str]:
         return {str(path) for path in Path("/sys/fs/cgroup").glob("**/sandbox-ssh.*")}
 
-    before, mounted = processes(), mounts()
+    before, mounted, grouped = processes(), mounts(), cgroups()
     yield
     own = descendants(os.getpid())
     names = ("slirp4netns", "sandbox-spawner", "sandbox-uplink", "sandbox-gateway", "sandbox-ssh", "init", "catatonit")
@@ -309,4 +309,4 @@ def nothing_is_left() -> Iterator[None]:
 
     wait_until(lambda: not left(), f"no process of a server to be left: {left()}")
     assert mounts() == mounted
-    wait_until(lambda: not [path for path in cgroups() if _abandoned(path)], f"no cgroup of a server to be left: {cgroups()}")
+    wait_until(lambda: not [path for path in cgroups() - grouped if _abandoned(path)], f"no cgroup of a server to be left: {cgroups()}")

@@ -30,9 +30,9 @@ class Sink:
             self._on_data()
 
 
-def start(command: list[str], output: int, **descriptors: int) -> subprocess.Popen[bytes]:
+def start(command: list[str], output: int, stdin: int | None = None) -> subprocess.Popen[bytes]:
     """Start a process whose output nobody else holds."""
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL, **descriptors)
+    process = subprocess.Popen(command, stdin=stdin, stdout=output, stderr=subprocess.DEVNULL)
     os.close(output)
     return process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ async def test_file_that_is_no_database(tmp_path: Path) -> None:
 async def test_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="or it is not there"):
         await users.find(Database(f"sqlite:///{tmp_path}/missing/x.db"), "alice")
+    # aiosqlite's thread has a last word for this loop, which must not be closed by then.
+    for thread in threading.enumerate():
+        if "_connection_worker_thread" in thread.name:
+            thread.join(10)
 
 
 async def test_a_failed_transaction_leaves_nothing_and_the_next_one_works(database: Database) -> None:
