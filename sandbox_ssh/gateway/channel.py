@@ -21,7 +21,7 @@ import asyncssh
 from sandbox_ssh.errors import SpawnerError
 from sandbox_ssh.gateway.environment import accepted
 from sandbox_ssh.gateway.pump import Inflow, Outflow
-from sandbox_ssh.gateway.transport import drop_unsent, mind
+from sandbox_ssh.gateway.stream import Stream
 from sandbox_ssh.spawner import protocol
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def __init__(self, session: Session, number: int) -> None:
         self.number = number
         self._session = session
-        self._chan: asyncssh.SSHServerChannel[bytes] | None = None
+        self._chan: Stream | None = None
         self._kind = ""
         self._command: str | None = None
         self._pty: dict[str, Any] | None = None
@@ -69,8 +69,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     # What asyncssh calls, in the order of a channel's life.
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        assert isinstance(chan, Stream)
         self._chan = chan
-        mind(chan, self._reader_gone)
 
     def pty_requested(
         self, term_type: str | None, term_size: tuple[int, int, int, int], term_modes: Mapping[int, int]
@@ -129,7 +129,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def break_received(self, msec: int) -> bool:
         return self._pty is not None  # a PTY has no line to hold low: accepted, as OpenSSH does, and no more
 
-    def _reader_gone(self) -> None:
+    def reader_gone(self) -> None:
         """The client's standard output is closed, and so is the process's. What it says on the other may go on."""
         if self._pty is None and self._outflows:
             self._deaf = True
@@ -251,7 +251,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self._over = True
         self._end(status, signal)
         if self._deaf:
-            drop_unsent(self._chan)
+            self._chan.drop_unsent()
         if signal is None:
             self._chan.exit(status)
         else:

@@ -9,6 +9,7 @@ import asyncssh
 
 from sandbox_ssh.gateway.auth import Authentication
 from sandbox_ssh.gateway.session import Login, Session
+from sandbox_ssh.gateway.stream import Stream
 from sandbox_ssh.gateway.transport import Transport
 
 if TYPE_CHECKING:
@@ -85,10 +86,11 @@ class Connection(asyncssh.SSHServer):
 
     # The session.
 
-    def session_requested(self) -> Channel | bool:
+    def session_requested(self) -> tuple[Stream, Channel] | bool:
         assert self._transport is not None and self._session is not None
         self._transport.login_done()
-        return self._session.open_channel() or False
+        channel = self._session.open_channel()
+        return channel is not None and (Stream(self._transport), channel)
 
     def flow(self, flowing: bool) -> None:
         if self._session is not None:

@@ -26,12 +26,6 @@ The name starts with OpenSSH because its client says `eow@openssh.com` to its ow
 compat.c): without it, `ssh host journalctl -f | head` never ends, as nobody tells us that the reader has gone.
 """
 
-WINDOW = 2 * 1024 * 1024
-"""Bytes that a client may send on a channel before the process has read them: the bound of their memory."""
-
-MAX_PACKET = 128 * 1024
-"""OpenSSH's client fills packets of this size where it may, which costs us fewer of them; RFC 4253 asks for 32 KiB."""
-
 BACKLOG = 1024
 
 log = structlog.get_logger()
@@ -75,10 +69,6 @@ def options(worker: Worker, config: Config, keys: Sequence[asyncssh.SSHKey]) -> 
             gss_host=None,
             agent_forwarding=False,
             x11_forwarding=False,
-            encoding=None,
-            line_editor=False,
-            window=WINDOW,
-            max_pktsize=MAX_PACKET,
         )
     except ValueError as error:
         raise ConfigError(f"the section [ssh] of the configuration cannot be used: {error}") from error

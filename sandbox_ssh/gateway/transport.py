@@ -1,7 +1,7 @@
 """The SSH connection as asyncssh implements it, and what this server changes about it on the wire.
 
-Nothing here knows users or sandboxes. What each change buys is said where it is made. Methods of asyncssh and asyncio
-that are overridden are named without an underscore; the few attributes that are touched and have one are all here.
+Nothing here knows users or sandboxes. What each change buys is said where it is made. What is touched of asyncssh and
+named with an underscore is in this module and in `stream`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import asyncssh
 
 if TYPE_CHECKING:
-    from asyncssh.packet import SSHPacket, SSHPacketLogger
+    from asyncssh.packet import SSHPacketLogger
 
 MSG_IGNORE = 2  # RFC 4253 section 12
 MSG_KEXINIT = 20
 MSG_CHANNEL_DATA = 94  # RFC 4254 section 9
 MSG_CHANNEL_EXTENDED_DATA = 95
-MSG_CHANNEL_CLOSE = 97
-MSG_CHANNEL_REQUEST = 98
 
 MAX_GREETING = 64 * 1024
 
@@ -37,13 +34,6 @@ NEAR = 0.002
 
 PATIENCE = 0.05
 """Seconds that it waits at most."""
-
-ENV = b"\0\0\0\3env"
-"""How a channel request for an environment variable goes on, after its type and channel (RFC 4254 section 6.4)."""
-
-MAX_VARIABLE = 8 * 1024
-MAX_VARIABLES = 1000
-"""What a client may send of its environment; with a larger variable or more of them all are forgotten."""
 
 LINGER = 5.0
 """Seconds that a closed connection gets to take its last bytes."""
@@ -218,42 +208,6 @@ class Transport(asyncssh.SSHServerConnection):
 
     async def reload_config(self) -> None:
         """Nothing to reload: no option depends on the user's name (asyncssh would parse them all again)."""
-
-
-def mind(chan: asyncssh.SSHServerChannel[bytes], reader_gone: Callable[[], None]) -> None:
-    """Make up for what asyncssh's channel leaves out.
-
-    A close from the client would wait until the process has read its input, which may be never: it is taken at
-    once. Variables of a client's `env` requests would be collected without a bound. And a client whose standard
-    output is closed says so (`eow@openssh.com`, OpenSSH's PROTOCOL, section 2.1): asyncssh looks for the method of
-    a channel request by its name, and has none for this one.
-    """
-    process_packet = chan.process_packet
-
-    def process(pkttype: int, pktid: int, packet: SSHPacket) -> bool | Awaitable[None]:
-        result = process_packet(pkttype, pktid, packet)
-        if pkttype == MSG_CHANNEL_CLOSE:
-            chan.abort()
-        elif pkttype == MSG_CHANNEL_REQUEST:
-            payload = packet.get_full_payload()
-            if payload[5:12] == ENV and (len(payload) > MAX_VARIABLE or len(chan._env) > MAX_VARIABLES):
-                chan._env.clear()
-        return result
-
-    def process_eow(_packet: SSHPacket) -> bool:
-        drop_unsent(chan)
-        reader_gone()
-        return True
-
-    chan.process_packet = process  # type: ignore[method-assign]
-    chan._process_eow_at_openssh_dot_com_request = process_eow  # type: ignore[attr-defined]
-
-
-def drop_unsent(chan: asyncssh.SSHServerChannel[bytes]) -> None:
-    """Forget what waits for a window that the client may never open again, and would hold up the close for ever."""
-    chan._send_buf.clear()
-    chan._send_buf_len = 0
-    chan._pause_resume_writing()
 
 
 def ciphers_offered(greeting: bytes | bytearray) -> list[bytes] | None:

@@ -7,6 +7,7 @@ of it, and nothing more.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -172,10 +173,8 @@ class Loop:
             self._children[pid] = callback
 
     def _reap(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 512)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)

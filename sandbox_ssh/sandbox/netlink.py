@@ -17,7 +17,7 @@ from sandbox_ssh.errors import SandboxError
 ADDRESS, PREFIX, GATEWAY, RESOLVER = "10.0.2.100", 24, "10.0.2.2", "10.0.2.3"
 MTU = 65520
 MAC = "52:55:0a:00:02:64"
-BRIDGE, TAP_IN_SANDBOX = 16, 2  # interface indexes, ours to choose in namespaces of our own; slirp4netns takes the next free
+BRIDGE, TAP_IN_SANDBOX = 16, 2  # interface indexes, ours to choose; slirp4netns's tap takes the lowest free
 _PLACE = 0x7EADBEEF  # stands where PID 1's pid goes
 
 
@@ -95,7 +95,8 @@ def _encode() -> dict[str, bytes]:
     ]
     lo_up = link(change, [], index=1)
     address = message(
-        ifaddrmsg, RTM_NEWADDR, create, [("IFA_LOCAL", ADDRESS), ("IFA_ADDRESS", ADDRESS), ("IFA_BROADCAST", "10.0.2.255")],
+        ifaddrmsg, RTM_NEWADDR, create,
+        [("IFA_LOCAL", ADDRESS), ("IFA_ADDRESS", ADDRESS), ("IFA_BROADCAST", "10.0.2.255")],
         family=2, prefixlen=PREFIX, index=TAP_IN_SANDBOX,
     )  # fmt: skip
     # table main, protocol boot, scope universe, type unicast (rtnetlink(7))

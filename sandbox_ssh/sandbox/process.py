@@ -120,7 +120,7 @@ def set_modes(tty: int, modes: list[list[int]]) -> None:
                 attributes[6][index] = bytes([0 if argument >= 255 else argument])
         elif opcode in _FLAGS:
             word, name = _FLAGS[opcode]
-            flag = _UNNAMED.get(name) or getattr(termios, name, 0)
+            flag = _UNNAMED[name] if name in _UNNAMED else int(getattr(termios, name, 0))
             attributes[word] = attributes[word] & ~flag | (flag if argument else 0)
         elif opcode in (_INPUT_SPEED, _OUTPUT_SPEED):
             speed = getattr(termios, f"B{argument}", None)

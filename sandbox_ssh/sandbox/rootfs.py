@@ -35,8 +35,8 @@ _ETC_FROM_HOST = (
     "alternatives", "bash.bashrc", "bindresvport.blacklist", "ca-certificates", "debian_version", "default/locale",
     "fonts", "gai.conf", "host.conf", "inputrc", "java-17-openjdk", "java-21-openjdk", "ld.so.cache", "ld.so.conf",
     "ld.so.conf.d", "locale.alias", "localtime", "login.defs", "lsb-release", "mime.types", "networks", "pam.d", "perl",
-    "profile", "protocols", "python3", "rpc", "security", "services", "skel", "ssl/certs", "ssl/openssl.cnf", "terminfo",
-    "timezone", "vim", "xattr.conf",
+    "profile", "protocols", "python3", "rpc", "security", "services", "skel", "ssl/certs", "ssl/openssl.cnf",
+    "terminfo", "timezone", "vim", "xattr.conf",
 )  # fmt: skip
 
 _PASSWD = """\

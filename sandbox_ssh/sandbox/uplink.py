@@ -23,15 +23,14 @@ import contextlib
 import json
 import os
 import resource
-import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
 
 from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import netlink, syscalls
-from sandbox_ssh.sandbox.idmap import Plan
 from sandbox_ssh.sandbox.holder import new_user_namespace
+from sandbox_ssh.sandbox.idmap import Plan
 from sandbox_ssh.sandbox.loop import Future, Loop
 from sandbox_ssh.sandbox.namespaces import become_root, die_with_spawner, netlink_request
 

@@ -11,6 +11,7 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
@@ -263,8 +264,6 @@ async def main():
         print((await p.stdout.readline()).strip()); p.close()
 asyncio.run(main())
 """
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", script, server.host, str(server.port), str(server.key)],
         capture_output=True,
