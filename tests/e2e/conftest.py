@@ -309,4 +309,7 @@ def nothing_is_left() -> Iterator[None]:
 
     wait_until(lambda: not left(), f"no process of a server to be left: {left()}")
     assert mounts() == mounted
-    wait_until(lambda: not [path for path in cgroups() - grouped if _abandoned(path)], f"no cgroup of a server to be left: {cgroups()}")
+    wait_until(
+        lambda: not [path for path in cgroups() - grouped if _abandoned(path)],
+        f"no cgroup of a server to be left: {cgroups()}",
+    )

@@ -29,7 +29,9 @@ def closed(server: Server) -> dict:  # type: ignore[type-arg]
 
 
 def test_a_session_is_a_row_with_everything_in_it(server: Server) -> None:
-    command = "head -c 1000 >/dev/null; head -c 5000 /dev/zero; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; exit 3"
+    command = (
+        "head -c 1000 >/dev/null; head -c 5000 /dev/zero; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; exit 3"
+    )
     assert server.ssh(command, input=bytes(1000)).returncode == 3
     row = closed(server)
     assert row.keys() >= FIELDS
@@ -37,7 +39,9 @@ def test_a_session_is_a_row_with_everything_in_it(server: Server) -> None:
     assert (row["bytes_in"], row["bytes_out"]) == (1000, 5000)
     assert row["client_version"].startswith("SSH-2.0-OpenSSH") or row["client_version"].startswith("OpenSSH")
     assert row["client_address"] == "127.0.0.1"
-    fingerprint = subprocess.run(["ssh-keygen", "-lf", server.key], capture_output=True, text=True, check=True).stdout.split()[1]
+    fingerprint = subprocess.run(
+        ["ssh-keygen", "-lf", server.key], capture_output=True, text=True, check=True
+    ).stdout.split()[1]
     assert (row["auth_method"], row["key_fingerprint"]) == ("publickey", fingerprint)
     assert row["cpu_seconds"] > 0 and row["memory_peak_bytes"] > 0
     assert row["namespaces"].keys() >= {"user", "mnt", "pid", "ipc", "uts", "net"}
@@ -90,7 +94,9 @@ async def main():
         except asyncssh.PermissionDenied: print('denied')
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", script, server.host, str(server.port)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script, server.host, str(server.port)], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.split() == ["denied", "0"], done.stderr
     assert closed(server)["auth_method"] == "password"
 
