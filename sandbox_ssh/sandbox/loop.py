@@ -64,8 +64,8 @@ class Loop:
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._cancelled: set[int] = set()
+        self._timers: list[tuple[float, int]] = []
+        self._due: dict[int, Callable[[], None]] = {}  # what a timer calls; a cancelled one has nothing here
         self._numbers = itertools.count()
         self._children: dict[int, OnExit] = {}
         self._early: dict[int, tuple[float, int, resource.struct_rusage]] = {}
@@ -131,11 +131,12 @@ class Loop:
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> int:
         number = next(self._numbers)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, number, callback))
+        heapq.heappush(self._timers, (time.monotonic() + seconds, number))
+        self._due[number] = callback
         return number
 
     def cancel(self, timer: int) -> None:
-        self._cancelled.add(timer)
+        self._due.pop(timer, None)
 
     async def sleep(self, seconds: float) -> None:
         future: Future[None] = Future()
@@ -143,20 +144,17 @@ class Loop:
         await future
 
     def _next_timer(self) -> float:
-        while self._timers and self._timers[0][1] in self._cancelled:
-            self._cancelled.discard(heapq.heappop(self._timers)[1])
+        while self._timers and self._timers[0][1] not in self._due:
+            heapq.heappop(self._timers)
         if not self._timers:
-            self._cancelled.clear()
             return -1
         return max(0.0, self._timers[0][0] - time.monotonic())
 
     def _run_timers(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            _, number, callback = heapq.heappop(self._timers)
-            if number in self._cancelled:
-                self._cancelled.discard(number)
-            else:
+            callback = self._due.pop(heapq.heappop(self._timers)[1], None)
+            if callback is not None:
                 callback()
 
     # --- children

@@ -61,7 +61,7 @@ def start(
     """Fork the builder. Returns its pid and the socket on which sandbox and spawner speak:
 
     builder:  `P<pid> ` when PID 1 exists and its namespaces are mapped, with the descriptor of /dev/pts
-    spawner:  `+` when the network is attached
+    spawner:  `+` when it knows PID 1 and the network is attached
     PID 1:    closes its end by executing init; the text of an error before that
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -122,12 +122,10 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     sys.mount("sysfs", "/sys", "sysfs", _SPECIAL)
     sys.mount("mqueue", "/dev/mqueue", "mqueue", _SPECIAL)
     sys.sethostname(layout.hostname)
-    if network:
-        if channel.recv(1) != b"+":
-            return
-        _netlink(host.tap_up)
-    else:
-        _netlink(host.lo_up)
+    # Without the word of a spawner that knows this process there must be no sandbox: the builder may have died unheard.
+    if channel.recv(1) != b"+":
+        return
+    _netlink(host.tap_up if network else host.lo_up)
     die_with_spawner(host.self_pidfd)
     reset_signals()
     os.setsid()

@@ -241,10 +241,13 @@ class Spawner:
             raise Refusal("exists", f"a sandbox {request.sandbox} is live")
         if request.image != HOST_IMAGE and not self._host.base.has_image(request.image):
             raise Refusal("unknown", f"there is no image {request.image}: see `sandbox-ssh image list`")
-        sandbox = Sandbox(
-            request.sandbox, connection, self._hold(request.user), request.image, request.network == "uplink",
-            self._cgroups.create(request.sandbox),
-        )  # fmt: skip
+        held = self._hold(request.user)
+        try:
+            leaf = self._cgroups.create(request.sandbox)
+        except OSError:
+            self._let_go(held)
+            raise
+        sandbox = Sandbox(request.sandbox, connection, held, request.image, request.network == "uplink", leaf)
         self._names[sandbox.name] = connection.sandboxes[sandbox.name] = sandbox
         timer = self.loop.call_later(CREATE_TIMEOUT, lambda: self.end(sandbox, "destroyed"))
         try:
@@ -285,7 +288,7 @@ class Spawner:
                 raise Refusal("ended", "the sandbox ended while it was being made")
             if sandbox.network:
                 await self._uplinks.attach(sandbox.name, sandbox.init)
-                channel.send(b"+")
+            channel.send(b"+")
             text, _ = await self._hear(channel)
             if text:
                 raise _failure(text)

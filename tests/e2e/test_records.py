@@ -134,3 +134,9 @@ def test_two_servers_side_by_side(service: Server, own_server: Server) -> None:
     assert mine != theirs
     assert own_server.ssh("true", user="grace").returncode == 255, "users of the one are not the other's"
     assert len(own_server.sessions()) == 1
+
+
+def test_a_sandbox_without_network_has_loopback_only(own_server: Server) -> None:
+    own_server.config["SANDBOX_SSH_SANDBOX__NETWORK"] = "none"
+    own_server.start()
+    assert own_server.run("ls /sys/class/net; ip -4 -o addr show lo").split()[:4] == ["lo", "1:", "lo", "inet"]
