@@ -14,6 +14,7 @@ and a net namespace that died when they were made: complete, and empty of proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -214,8 +215,17 @@ class Base:
         os.chdir("upper")
         for name in ("root", "lower", "upper", "work", "usr-lower", "usr-upper", "usr-work"):
             os.mkdir(name, 0o755)
-        for tree, (_, prefix, target) in zip(lowers, layers, strict=True):
-            self._overlay(tree, prefix, target, root, holder)
+        for tree, (lower, prefix, target) in zip(lowers, layers, strict=True):
+            # An ordinary user's unpacked image has the owners of the one range that all such sandboxes share.
+            mapped = self._map_owners(tree, holder) if self._privileged or not unpacked else True
+            sys.move_mount(tree, f"{prefix}lower")
+            os.close(tree)
+            _give(f"{prefix}upper", root, os.stat(f"{prefix}lower"))
+            if lower == "skeleton" and not mapped and root != 0:
+                _copy_owned("lower", "upper", root)  # Linux before 6.3 does not map the owners of a tmpfs
+            elif unpacked and not mapped:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), "mapping the owners of the image's file system")
+            self._overlay(prefix, target)
         # From here on every path is the sandbox's: an image's symbolic link leads nowhere else (CVE-2021-30465).
         os.chdir("root")
         sys.pivot_root(".", ".")
@@ -253,20 +263,35 @@ class Base:
         _write_names(layout.hostname, root)
         return os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def _overlay(self, tree: int, prefix: str, target: str, root: int, holder: Holder) -> None:
-        """An overlay whose lower layer's owners are the tenant's, where the file system can map them."""
-        # A file system mounted by another user namespace than ours cannot be mapped by us (EPERM), and some cannot
-        # at all (EINVAL): its files then belong to `nobody` inside, readable and not writable.
-        with contextlib.suppress(PermissionError) if not self._privileged else contextlib.suppress(OSError):
+    def _map_owners(self, tree: int, holder: Holder) -> bool:
+        """Make the owners of a detached mount the tenant's, where its file system can do that (mount_setattr(2)).
+
+        One that another user namespace mounted cannot be mapped by ours (EPERM), and some cannot at all (EINVAL).
+        Files then belong to `nobody` inside: readable, not writable.
+        """
+        try:
             sys.mount_setattr(tree, set_flags=sys.MOUNT_ATTR_IDMAP, userns=holder.owner)
-        sys.move_mount(tree, f"{prefix}lower")
-        os.close(tree)
-        source = os.stat(f"{prefix}lower")
-        os.chmod(f"{prefix}upper", stat.S_IMODE(source.st_mode))
-        os.chown(f"{prefix}upper", root, root)
+        except OSError:
+            return False
+        return True
+
+    def _overlay(self, prefix: str, target: str) -> None:
         # trusted.* attributes are for the initial namespace's root; elsewhere overlayfs keeps its notes in user.*
         data = f"lowerdir={prefix}lower,upperdir={prefix}upper,workdir={prefix}work"
         sys.mount("overlay", target, "overlay", sys.MS_NODEV, data if self._privileged else f"{data},userxattr")
+
+
+def _give(path: str, root: int, like: os.stat_result) -> None:
+    os.chmod(path, stat.S_IMODE(like.st_mode))
+    os.chown(path, root, root)
+
+
+def _copy_owned(source: str, target: str, root: int) -> None:
+    """Copy a tree of our own making, all of it the tenant's root's: a fraction of a megabyte, some milliseconds."""
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    for directory, directories, files in os.walk(target):
+        for name in (*directories, *files):
+            os.chown(os.path.join(directory, name), root, root, follow_symlinks=False)
 
 
 def _donate() -> tuple[int, int]:
