@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pwd
+import stat
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -17,6 +18,7 @@ import typer
 from sandbox_ssh.cli import context
 from sandbox_ssh.cli.context import Context
 from sandbox_ssh.cli.ownership import Owner, prepare_state_dir, sqlite_file
+from sandbox_ssh.config import DATABASE_FILE
 from sandbox_ssh.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,10 +97,24 @@ def prepare_directories(config: Config, gateway: Owner) -> None:
                 os.chown(directory, -1, gateway.gid)
         except OSError as error:
             raise ConfigError(f"{directory} cannot be prepared: {error.strerror}") from error
-    if config.mode == "rootless":
+    if config.mode == "service":
+        _give_to_gateway(state, gateway)
+    else:
         # The spawner reaches images and its work as root of a namespace, which is another user to the host; the
         # directories above decide who else may.
         state.chmod(state.stat().st_mode | 0o011)
+
+
+def _give_to_gateway(state: Path, gateway: Owner) -> None:
+    """Owners as they should be, again at every start: a restored backup or a hurried `chown -R` made them root's."""
+    if state.stat().st_uid == 0:
+        os.chown(state, 0, gateway.gid)
+        state.chmod(stat.S_ISVTX | 0o771)
+    for file in state.glob(f"{DATABASE_FILE}*"):
+        entry = file.lstat()
+        # Another name of some file of root's would be given away with it.
+        if entry.st_uid == 0 and stat.S_ISREG(entry.st_mode) and entry.st_nlink == 1:
+            os.chown(file, gateway.uid, gateway.gid, follow_symlinks=False)
 
 
 def take_lock(config: Config) -> int:
@@ -121,6 +137,8 @@ def prepare_host_keys(config: Config, gateway: Owner) -> None:
     """Make the first host key where none is there; readable by the gateway, writable by nobody but its owner."""
     default = config.server.state_dir / "host_keys" / "ssh_host_ed25519_key"
     for path in config.ssh.host_keys:
+        if path == default and path.exists():
+            os.chown(path, -1, gateway.gid, follow_symlinks=False)
         if path.exists():
             continue
         if path != default:

@@ -302,3 +302,12 @@ def test_a_client_that_stops_reading_stalls_its_own_channel_only(service: Server
     )
     assert done.stdout.splitlines() == [f"['{n}', '1000000']" for n in range(5)], done.stderr
     assert memory() - before < 64 << 20
+
+
+def test_a_hurried_chown_is_mended_at_the_next_start(own_server: Server) -> None:
+    own_server.start()
+    own_server.run("true")
+    own_server.stop()
+    subprocess.run(["chown", "-R", "root:root", own_server.state], check=True)
+    own_server.start()
+    own_server.run("true")
