@@ -56,7 +56,6 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     messages = netlink.encode()
     init = os.open(_program("catatonit"), os.O_RDONLY | os.O_CLOEXEC)
     _program("nft"), _program("slirp4netns")
-    cgroups = cgroup.Cgroups()
     gateway_uid = int(settings["gateway_uid"])
     plan: idmap.Plan
     if settings["mode"] == "service":
@@ -66,6 +65,7 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
         # As S sees the server's own user: its root where it is the only id, else nobody of S. What keeps others
         # from the socket then is its mode, 0600.
         gateway_uid = idmap.NOBODY if plan.groups else 0
+    cgroups = cgroup.Cgroups()  # as root of S: in rootless mode there are none, for it may not divide its user's
     loop = Loop()
     self_pidfd = os.pidfd_open(os.getpid())
     # Before the mount namespace is ours alone: slirp4netns and nft see the host's files as they are.
