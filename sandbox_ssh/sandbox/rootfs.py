@@ -222,8 +222,11 @@ class Base:
             os.close(tree)
             _give(f"{prefix}upper", root, os.stat(f"{prefix}lower"))
             if lower == "skeleton" and not mapped and root != 0:
-                _copy_owned("lower", "upper", root)  # Linux before 6.3 does not map the owners of a tmpfs
-            elif unpacked and not mapped:
+                # Linux before 6.3 does not map the owners of a tmpfs. With a copy there is nothing to overlay.
+                _copy_owned("lower", "upper", root)
+                sys.mount("upper", target, None, sys.MS_BIND)
+                continue
+            if unpacked and not mapped:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), "mapping the owners of the image's file system")
             self._overlay(prefix, target)
         # From here on every path is the sandbox's: an image's symbolic link leads nowhere else (CVE-2021-30465).
