@@ -24,13 +24,15 @@ PROJECT = {
     "spawner.protocol": {"errors"},
     "spawner": {"errors", "sandbox"},
     "supervisor": {"errors", "sandbox"},
+    "unpack": {"errors"},
+    "images": {"errors", "sandbox", "unpack"},
     "gateway": {"errors", "config", "spawner.client", "spawner.protocol", "store"},
-    "cli": {"errors", "config", "gateway", "sandbox", "spawner.client", "store", "supervisor"},
+    "cli": {"errors", "config", "gateway", "images", "sandbox", "spawner.client", "store", "supervisor"},
     "__main__": {"cli", "errors"},
 }
 
 # Where privileges are, and what starts all else: the standard library, and netlink messages.
-PRIVILEGED = ("sandbox", "spawner", "supervisor")
+PRIVILEGED = ("images", "sandbox", "spawner", "supervisor", "unpack")
 ALLOWED_THERE = {"pyroute2"}
 
 FORBIDDEN = {

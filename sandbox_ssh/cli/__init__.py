@@ -39,6 +39,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         if cmd_name not in self.commands and cmd_name in COMMANDS:
             self.add_command(_load(COMMANDS[cmd_name]), cmd_name)
+            self.commands[cmd_name].name = cmd_name  # what --help calls it
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
@@ -58,4 +59,4 @@ def _load(place: str) -> Any:
     return typer.main.get_command(single)
 
 
-app = context.group(HELP, cls=LazyGroup)
+app = context.group(HELP, cls=LazyGroup, completion=True)

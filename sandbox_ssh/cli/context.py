@@ -143,10 +143,15 @@ def invoker() -> str:
         return str(os.getuid())
 
 
-def group(help: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
+def group(help: str, cls: type[TyperGroup] = TyperGroup, *, completion: bool = False) -> typer.Typer:
     """An app of sub-commands that takes the options of every command before them too."""
     app = typer.Typer(
-        cls=cls, help=help, epilog=STATUSES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        cls=cls,
+        help=help,
+        epilog=STATUSES,
+        no_args_is_help=True,
+        add_completion=completion,
+        pretty_exceptions_enable=False,
     )
     app.callback()(command(_only_options))
     return app

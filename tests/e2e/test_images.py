@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,6 +30,13 @@ set -e
 install -d -o games -g games -m 2755 /var/lib/hello
 install -o games -m 4755 /usr/bin/id /usr/bin/id-of-games
 """
+
+
+TAR = ("tar", "--xattrs", "--xattrs-include=security.capability", "-C")
+# Which groups may do it without, a namespace starts with none; so this shows the capability of the file `ping`.
+PING = (
+    "sysctl -qw net.ipv4.ping_group_range='1 0'; su -s /bin/sh nobody -c 'ping -qc1 127.0.0.1' | grep -c '1 received'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,13 @@ def packages(network: internet.Internet, tmp_path_factory: pytest.TempPathFactor
     """A line of sources.list(5) for a repository in the little internet, which has the package `hello`."""
     directory = tmp_path_factory.mktemp("packages")
     tree = directory / "tree"
-    for path, text in (
+    for name, text in (
         ("DEBIAN/control", CONTROL),
         ("DEBIAN/postinst", POSTINST),
         ("usr/bin/hello", "#!/bin/sh\necho Hello, world!\n"),
     ):
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_text(text)
-        (tree / path).chmod(0o755)
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
     for path in (tree, *tree.rglob("*")):
         path.chmod(0o755)
     repository = directory / "repository"
@@ -87,6 +92,23 @@ def packages(network: internet.Internet, tmp_path_factory: pytest.TempPathFactor
     resolver.stop()
 
 
+def install_hello(server: Server, packages: str) -> None:
+    script = f"""
+        set -e
+        echo '{packages}' > /etc/apt/sources.list
+        apt-get -qq update
+        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y hello >&2
+        hello
+        stat -c %U:%G:%a /var/lib/hello /usr/bin/id-of-games
+        su -s /bin/sh nobody -c '/usr/bin/id-of-games' | grep -o 'euid=[^ ]*'
+        apt-get -qq purge -y hello >&2
+        test ! -e /usr/bin/hello
+    """
+    assert server.run(script).splitlines() == [
+        "Hello, world!", "games:games:2755", "games:root:4755", "euid=5(games)"
+    ]  # fmt: skip
+
+
 def test_files_are_roots(debian: Server) -> None:
     assert debian.run("stat -c %U:%G:%a /etc/passwd /etc/shadow /bin/su /usr").split() == [
         "root:root:644", "root:shadow:640", "root:root:4755", "root:root:755",
@@ -106,6 +128,7 @@ def test_setuid_programs_work_from_an_ordinary_user(debian: Server) -> None:
         "su eve -c 'id -u; sudo id -u; passwd --status | cut -d\" \" -f1; cat /etc/shadow || echo closed'"
     )
     assert debian.run(script).split() == ["1000", "0", "eve", "closed"]
+    assert debian.run(PING) == "1\n"
 
 
 def test_every_session_starts_with_a_fresh_copy(debian: Server) -> None:
@@ -122,20 +145,7 @@ def test_every_session_starts_with_a_fresh_copy(debian: Server) -> None:
 
 
 def test_apt_installs_a_package(debian: Server, packages: str) -> None:
-    script = f"""
-        set -e
-        echo '{packages}' > /etc/apt/sources.list
-        apt-get -qq update
-        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y hello >&2
-        hello
-        stat -c %U:%G:%a /var/lib/hello /usr/bin/id-of-games
-        su -s /bin/sh nobody -c '/usr/bin/id-of-games' | grep -o 'euid=[^ ]*'
-        apt-get -qq purge -y hello >&2
-        test ! -e /usr/bin/hello
-    """
-    assert debian.run(script).splitlines() == [
-        "Hello, world!", "games:games:2755", "games:root:4755", "euid=5(games)"
-    ]  # fmt: skip
+    install_hello(debian, packages)
 
 
 def test_a_live_image_is_not_removed(debian: Server) -> None:
@@ -146,7 +156,7 @@ def test_a_live_image_is_not_removed(debian: Server) -> None:
     refused = debian.cli("image", "remove", "debian", check=False)
     assert refused.returncode == 1 and str(number) in refused.stderr
     end(session)
-    wait_until(lambda: not debian.sessions("--live"), "the session to end")
+    wait_until(lambda: debian.latest()["state"] == "closed", "the session to end")
     assert [row["name"] for row in debian.json("image", "list")] == ["host", "debian"]
 
 
@@ -157,10 +167,12 @@ def test_a_build_that_fails_leaves_nothing(debian: Server) -> None:
     assert sorted(path.name for path in (debian.state / "images").iterdir()) == before
 
 
-def test_an_ordinary_users_server_has_the_image_too(debian: Server, visible: tuple[str, ...], tmp_path: Path) -> None:
-    with make_server("rootless", visible) as made:
+def test_an_ordinary_users_server_has_the_image_too(
+    debian: Server, network: internet.Internet, packages: str, visible: tuple[str, ...]
+) -> None:
+    with make_server("rootless", (*network.prefix, *visible), network.prefix) as made:
         archive = made.directory / "debian.tar"
-        subprocess.run(["tar", "-C", debian.state / "images/debian/rootfs", "-cf", archive, "."], check=True)
+        subprocess.run([*TAR, debian.state / "images/debian/rootfs", "-cf", archive, "."], check=True)
         archive.chmod(0o644)
         made.cli("image", "add", "debian", archive)
         made.config["SANDBOX_SSH_SANDBOX__IMAGE"] = "debian"
@@ -170,7 +182,23 @@ def test_an_ordinary_users_server_has_the_image_too(debian: Server, visible: tup
         assert made.run("su -s /bin/sh nobody -c id").startswith("uid=65534(nobody)")
         script = "useradd -m eve; echo 'eve ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/eve; su eve -c 'sudo id -u'"
         assert made.run(script) == "0\n"
+        assert made.run(PING) == "1\n"
         assert made.run("rm /usr/bin/less; chown nobody /usr/bin/nano; stat -c %U /usr/bin/nano") == "nobody\n"
         assert made.run("ls /usr/bin/less; stat -c %U /usr/bin/nano").split() == ["/usr/bin/less", "root"]
+        install_hello(made, packages)
+        made.stop()
+        made.cli("image", "remove", "debian")  # its files are of other ids than the user's
+
+
+def test_a_single_id_is_everybody(debian: Server, visible: tuple[str, ...]) -> None:
+    with make_server("single", visible) as made:
+        archive = made.directory / "debian.tar"
+        subprocess.run([*TAR, debian.state / "images/debian/rootfs", "-cf", archive, "."], check=True)
+        archive.chmod(0o644)
+        made.cli("image", "add", "debian", archive)
+        made.config["SANDBOX_SSH_SANDBOX__IMAGE"] = "debian"
+        made.add_user()
+        made.start()
+        assert made.run("id -un; stat -c %U /etc/passwd /etc/shadow; echo mine > /etc/motd").split() == ["root"] * 3
         made.stop()
         made.cli("image", "remove", "debian")
