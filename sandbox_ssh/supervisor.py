@@ -27,8 +27,9 @@ from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import cgroup, syscalls
 from sandbox_ssh.sandbox.loop import Loop
 
-SPAWNER_START = 30.0
-GATEWAY_START = 60.0
+START = 60.0
+"""Seconds that a child gets to be ready."""
+
 # A process that lives this long has started well: the next restart is immediate again.
 _SETTLED = 10.0
 _LONGEST_DELAY = 10.0
@@ -79,6 +80,7 @@ class Supervisor:
             Service(f"gateway {number}", lambda number=number: self._start_gateway(number))  # type: ignore[misc]
             for number in range(settings.workers)
         ]
+        self._unready = {service.name for service in (self._spawner, *self._gateways)}
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)  # what a killed child leaves behind is reaped here
         self._signals()
 
@@ -193,28 +195,34 @@ class Supervisor:
 
     def _start_spawner(self) -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            parent = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    os.fchdir(self._directory)
-                    _die_with(parent)
-                    _execute("sandbox_ssh.spawner", [str(theirs.fileno())], {"PATH": os.defpath}, [theirs.fileno()])
-                finally:
-                    os._exit(1)
-            theirs.close()
-            socket.send_fds(ours, [json.dumps(self.settings.spawner).encode()], [self._spawner_listener.fileno()])
-            ours.settimeout(SPAWNER_START)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
             try:
-                answer = ours.recv(4096)
+                os.fchdir(self._directory)
+                _die_with(parent)
+                _execute("sandbox_ssh.spawner", [str(theirs.fileno())], {"PATH": os.defpath}, [theirs.fileno()])
+            finally:
+                os._exit(1)
+        theirs.close()
+        socket.send_fds(ours, [json.dumps(self.settings.spawner).encode()], [self._spawner_listener.fileno()])
+        self.loop.start(self._await_spawner(pid, ours))
+        return pid
+
+    async def _await_spawner(self, pid: int, channel: socket.socket) -> None:
+        with channel:
+            try:
+                await self.loop.readable(channel.fileno(), START)
+                answer = channel.recv(4096)
             except TimeoutError:
                 answer = b"Eit was not ready in time"
-            if answer != b"+":
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise SandboxError(f"did not start: {answer[1:].decode(errors='replace') or 'it died at once'}")
-        return pid
+        if answer == b"+":
+            self._announce(self._spawner)
+            return
+        if answer:
+            log(f"spawner did not start: {answer[1:].decode(errors='replace')}")
+        if pid == self._spawner.pid:
+            os.kill(pid, signal.SIGKILL)
 
     def _start_gateway(self, number: int) -> int:
         settings = self.settings
@@ -241,20 +249,27 @@ class Supervisor:
             finally:
                 os._exit(1)
         os.close(tell)
-        self.loop.start(self._await_ready(pid, ready))
+        self.loop.start(self._await_gateway(self._gateways[number], pid, ready))
         return pid
 
-    async def _await_ready(self, pid: int, ready: int) -> None:
+    async def _await_gateway(self, service: Service, pid: int, ready: int) -> None:
         try:
-            await self.loop.readable(ready, GATEWAY_START)
+            await self.loop.readable(ready, START)
             answer = os.read(ready, 1)
         except TimeoutError:
-            log("a gateway was not ready in time and is killed")
-            os.kill(pid, signal.SIGKILL)
+            log(f"{service.name} was not ready in time and is killed")
+            if pid == service.pid:
+                os.kill(pid, signal.SIGKILL)
             return
         finally:
             os.close(ready)
-        if answer and not self._announced:
+        if answer:
+            self._announce(service)
+
+    def _announce(self, service: Service) -> None:
+        """Say that the server is up, once: when the spawner and all gateways have been ready."""
+        self._unready.discard(service.name)
+        if not self._unready and not self._announced:
             self._announced = True
             for listener in self._sockets[0]:
                 print(f"listening on {format_address(listener.getsockname())}", flush=True)

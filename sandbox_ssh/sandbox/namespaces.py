@@ -60,7 +60,7 @@ def start(
 ) -> tuple[int, socket.socket]:
     """Fork the builder. Returns its pid and the socket on which sandbox and spawner speak:
 
-    builder:  `P<pid> ` when PID 1 exists and its namespaces are mapped, with the descriptor of /dev/pts
+    builder:  `P<pid> ` when PID 1 exists and its namespaces are mapped, with descriptors of /dev/pts and of N
     spawner:  `+` when it knows PID 1 and the network is attached
     PID 1:    closes its end by executing init; the text of an error before that
     """
@@ -103,6 +103,8 @@ def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, n
             _report(channel, error)
         finally:
             os._exit(1)
+    # N by descriptor, while PID 1 still waits and is dumpable: by its pid it could be mistaken once it has died.
+    netns = os.open(f"{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=host.proc)
     tenant = holder.ids.tenant if layout.image == HOST_IMAGE else holder.ids.tenant_unpacked
     try:
         write_maps(pid, tenant, host.groups, host.proc)
@@ -110,12 +112,15 @@ def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, n
         os.kill(pid, signal.SIGKILL)
         raise
     os.write(ready, b"+")
-    socket.send_fds(channel, [f"P{pid} ".encode()], [pts])
+    socket.send_fds(channel, [f"P{pid} ".encode()], [pts, netns])
     os._exit(0)
 
 
 def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bool) -> None:
     become_root(host.groups)
+    # From here on: a change of ids would forget it (prctl(2), PR_SET_PDEATHSIG). Two that wait for the spawner's word
+    # at once hold each other's sockets open, so its death alone would not end the waiting.
+    die_with_spawner(host.self_pidfd)
     sys.prctl(sys.PR_SET_DUMPABLE, 0)
     sys.join_new_session_keyring()  # else the server's keyring is the tenant's (keyrings(7))
     sys.mount("proc", "/proc", "proc", _SPECIAL)
@@ -126,7 +131,6 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     if channel.recv(1) != b"+":
         return
     _netlink(host.tap_up if network else host.lo_up)
-    die_with_spawner(host.self_pidfd)
     reset_signals()
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)

@@ -18,7 +18,7 @@ ADDRESS, PREFIX, GATEWAY, RESOLVER = "10.0.2.100", 24, "10.0.2.2", "10.0.2.3"
 MTU = 65520
 MAC = "52:55:0a:00:02:64"
 BRIDGE, TAP_IN_SANDBOX = 16, 2  # interface indexes, ours to choose; slirp4netns's tap takes the lowest free
-_PLACE = 0x7EADBEEF  # stands where PID 1's pid goes
+_PLACE = 0x7EADBEEF  # stands where the descriptor of N goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Messages:
     tap_up: bytes
     """In N: lo and tap0 up, the address and the route."""
 
-    def veth_for(self, pid: int) -> bytes:
-        return self.veth.replace(struct.pack("=I", _PLACE), struct.pack("=I", pid))
+    def veth_to(self, netns: int) -> bytes:
+        return self.veth.replace(struct.pack("=I", _PLACE), struct.pack("=I", netns))
 
 
 def encode() -> Messages:
@@ -87,7 +87,7 @@ def _encode() -> dict[str, bytes]:
     change = NLM_F_REQUEST | NLM_F_ACK
     peer = {
         "index": TAP_IN_SANDBOX,
-        "attrs": [("IFLA_IFNAME", "tap0"), ("IFLA_NET_NS_PID", _PLACE), ("IFLA_ADDRESS", MAC), ("IFLA_MTU", MTU)],
+        "attrs": [("IFLA_IFNAME", "tap0"), ("IFLA_NET_NS_FD", _PLACE), ("IFLA_ADDRESS", MAC), ("IFLA_MTU", MTU)],
     }
     pair = [
         ("IFLA_INFO_KIND", "veth"),

@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +105,14 @@ class Keeper:
         self._failures = 0
         self._paused = False
         self._waiting: list[Future[Uplink]] = []
+        self._attaching: set[str] = set()
         self._used: dict[str, Uplink] = {}
         loop.add_reader(channel.fileno(), self._request)
         self._refill()
 
     def _request(self) -> None:
         try:
-            data = self._channel.recv(4096)
+            data, fds, _, _ = socket.recv_fds(self._channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             data = b""
         if not data:
@@ -118,7 +120,7 @@ class Keeper:
             return
         message = json.loads(data)
         if message["type"] == "attach":
-            self._loop.start(self._attach(message["sandbox"], message["pid"]))
+            self._loop.start(self._attach(message["sandbox"], fds[0]))
         else:
             self._release(message["sandbox"])
 
@@ -126,17 +128,24 @@ class Keeper:
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode())
 
-    async def _attach(self, sandbox: str, pid: int) -> None:
+    async def _attach(self, sandbox: str, netns: int) -> None:
+        self._attaching.add(sandbox)
         try:
             uplink = await self._take()
+            if sandbox not in self._attaching:  # it has ended meanwhile
+                self._ready.append(uplink)
+                return
             uplink.sandbox = sandbox
             self._used[sandbox] = uplink
-            netlink_request(uplink.link, self._messages.veth_for(pid), "creating the veth pair")
+            netlink_request(uplink.link, self._messages.veth_to(netns), "creating the veth pair")
             self._say(type="attached", sandbox=sandbox)
         except (OSError, SandboxError) as error:
             self._release(sandbox)
             self._say(type="failed", sandbox=sandbox, message=str(error))
-        self._refill()
+        finally:
+            os.close(netns)
+            self._attaching.discard(sandbox)
+            self._refill()
 
     async def _take(self) -> Uplink:
         if self._ready:
@@ -149,6 +158,7 @@ class Keeper:
         return await future
 
     def _release(self, sandbox: str) -> None:
+        self._attaching.discard(sandbox)
         uplink = self._used.pop(sandbox, None)
         if uplink is not None:
             self._discard(uplink)
@@ -199,6 +209,7 @@ class Keeper:
         try:
             filtered: Future[int] = Future()
             self._loop.on_exit(filter_pid, lambda status, _: filtered.set(status))
+            self._loop.call_later(_READY_TIMEOUT, lambda: _kill_unless(filtered, filter_pid))
             link = self._netlink_in(e)
             slirp, ready, leave, complaints = self._start_slirp(e)
         except BaseException:
@@ -241,6 +252,7 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             try:
+                ours.close()  # so that `theirs` ends when the keeper dies
                 self._enter_uplink_namespace()
                 syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # for /proc/PID/ns/net; it holds no secret
                 syscalls.unshare(syscalls.CLONE_NEWNET)
@@ -324,6 +336,11 @@ class Keeper:
             self._say(type="died", sandbox=uplink.sandbox)
 
 
+def _kill_unless(done: Future[int], pid: int) -> None:
+    if not done.done:
+        os.kill(pid, signal.SIGKILL)
+
+
 def _execute(program: str, arguments: list[str], *, stdin: int | None = None, stderr: int | None = None) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for number, fd in ((0, stdin), (1, None), (2, stderr)):
@@ -353,7 +370,8 @@ def start_keeper(plan: Plan, messages: netlink.Messages, ready: int, spawner_pid
         theirs.close()
         return pid, ours
     try:
-        ours.close()
+        # Else what others wait for the spawner to close would stay open as long as the keeper, or a child of it.
+        syscalls.close_all_but(0, 1, 2, theirs.fileno(), spawner_pidfd)
         die_with_spawner(spawner_pidfd)
         syscalls.set_process_name("sandbox-uplink")
         loop = Loop()
@@ -376,21 +394,23 @@ class UplinkClient:
         self._on_lost = on_lost
         loop.add_reader(channel.fileno(), self._receive)
 
-    def attach(self, sandbox: str, pid: int) -> Future[None]:
-        """Give the net namespace of `pid` a tap0 with an uplink; fails with `SandboxError`."""
+    def attach(self, sandbox: str, netns: int) -> Future[None]:
+        """Give a net namespace a tap0 with an uplink; fails with `SandboxError`."""
         future: Future[None] = Future()
         self._waiting[sandbox] = future
-        self._send(type="attach", sandbox=sandbox, pid=pid)
+        self._send([netns], type="attach", sandbox=sandbox)
         return future
 
     def release(self, sandbox: str) -> None:
-        """Throw the sandbox's uplink away. Harmless when it has none."""
-        self._waiting.pop(sandbox, None)
-        self._send(type="release", sandbox=sandbox)
+        """Throw the sandbox's uplink away, or forget that one was asked for. Harmless when it has none."""
+        future = self._waiting.pop(sandbox, None)
+        if future is not None:
+            future.fail(SandboxError("the sandbox has ended"))
+        self._send([], type="release", sandbox=sandbox)
 
-    def _send(self, **message: Any) -> None:
+    def _send(self, fds: list[int], **message: Any) -> None:
         try:
-            self._channel.send(json.dumps(message).encode())
+            socket.send_fds(self._channel, [json.dumps(message).encode()], fds)
         except OSError:
             self._on_lost()
 

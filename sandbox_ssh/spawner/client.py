@@ -42,19 +42,23 @@ class SpawnerClient:
     async def connect(self, path: Path) -> None:
         """Connect to the spawner's socket, which a state directory of any length holds (sun_path has 108 bytes).
 
-        Raises `OSError` as connect(2) does.
+        Returns when the spawner has said `hello`: the socket belongs to its parent, and takes connections while there
+        is no spawner. Raises `OSError` as connect(2) does.
         """
+        loop = asyncio.get_running_loop()
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             connection.connect(f"/proc/self/fd/{directory}/{path.name}")
+            if not await loop.sock_recv(connection, protocol.MAX_MESSAGE):
+                raise ConnectionResetError(errno.ECONNRESET, "the spawner has closed the connection")
         except BaseException:
             connection.close()
             raise
         finally:
             os.close(directory)
         self._socket = connection
-        asyncio.get_running_loop().add_reader(connection, self._readable)
+        loop.add_reader(connection, self._readable)
 
     def close(self) -> None:
         """End the connection; the spawner destroys every sandbox that was made over it."""

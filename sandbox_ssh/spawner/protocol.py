@@ -9,6 +9,7 @@ speaks nonsense has been taken over or is broken, and neither deserves a second 
 A request that is well-formed but cannot be granted (unknown sandbox, no ids left, a kernel limit) is answered
 with an error, and nothing else happens.
 
+    {"event": "hello"}                                            spawner -> gateway, once: it is there
     {"request": 1, "type": "create", "sandbox": "w0-7", ...}      gateway -> spawner
     {"reply": 1, "init_pid": 4711, "namespaces": {...}}           spawner -> gateway
     {"reply": 1, "error": "limit", "message": "..."}              spawner -> gateway

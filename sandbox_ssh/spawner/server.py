@@ -47,6 +47,8 @@ class Sandbox:
     network: bool
     cgroup: int | None
     builder: int = 0
+    channel: socket.socket | None = None
+    """To the builder and to PID 1, until that has executed."""
     init: int = 0
     """PID 1's pid, here; 0 before it exists and after it has died."""
     pidfd: int = -1
@@ -202,7 +204,7 @@ class Spawner:
                 _log(f"a connection of uid {uid} is refused: only the gateway's user {self._gateway_uid} may ask")
                 channel.close()
                 return
-            Connection(self, channel)
+            Connection(self, channel).send({"event": "hello"})
 
     def _keeper_lost(self) -> None:
         _log("the keeper of uplinks has died; the spawner ends, and its parent starts both again")
@@ -252,6 +254,7 @@ class Spawner:
         timer = self.loop.call_later(CREATE_TIMEOUT, lambda: self.end(sandbox, "destroyed"))
         try:
             await self._start(sandbox, request)
+            inodes = {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES}
         except BaseException:
             self.end(sandbox, "destroyed")
             raise
@@ -260,10 +263,7 @@ class Spawner:
         if sandbox.state != "starting":
             raise Refusal("ended", "the sandbox ended while it was being made")
         sandbox.state = "running"
-        return {
-            "init_pid": sandbox.init,
-            "namespaces": {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES},
-        }
+        return {"init_pid": sandbox.init, "namespaces": inodes}
 
     async def _start(self, sandbox: Sandbox, request: Create) -> None:
         layout = Layout(
@@ -273,30 +273,38 @@ class Spawner:
         sandbox.builder, channel = namespaces.start(
             self._host, layout, sandbox.holder, network=sandbox.network, cgroup=sandbox.cgroup
         )
-        self.loop.on_exit(sandbox.builder, lambda _, usage: self._builder_exited(sandbox, usage))
+        sandbox.channel = channel
+        self.loop.on_exit(sandbox.builder, lambda status, usage: self._builder_exited(sandbox, status, usage))
         with channel:
             text, fds = await self._hear(channel)
-            if fds:
-                sandbox.pts = fds[0]
             if not text.startswith("P"):
                 raise _failure(text)
-            sandbox.init = int(text[1:])
-            self.loop.on_exit(sandbox.init, lambda _, usage: self._init_exited(sandbox, usage))
-            sandbox.pidfd = os.pidfd_open(sandbox.init)
-            if sandbox.state != "starting":
-                os.kill(sandbox.init, signal.SIGKILL)
-                raise Refusal("ended", "the sandbox ended while it was being made")
-            if sandbox.network:
-                await self._uplinks.attach(sandbox.name, sandbox.init)
+            sandbox.pts, netns = fds
+            try:
+                self._adopt_init(sandbox, int(text[1:]))
+                if sandbox.network:
+                    await self._uplinks.attach(sandbox.name, netns)
+            finally:
+                os.close(netns)
             channel.send(b"+")
             text, _ = await self._hear(channel)
             if text:
                 raise _failure(text)
 
+    def _adopt_init(self, sandbox: Sandbox, pid: int) -> None:
+        sandbox.init = pid
+        self.loop.on_exit(pid, lambda _, usage: self._init_exited(sandbox, usage))
+        if sandbox.init and sandbox.state == "starting":
+            sandbox.pidfd = os.pidfd_open(pid)
+            return
+        if sandbox.init:
+            os.kill(pid, signal.SIGKILL)
+        raise Refusal("ended", "the sandbox ended while it was being made")
+
     async def _hear(self, channel: socket.socket) -> tuple[str, list[int]]:
         """One message of the builder or of PID 1; empty when it has executed, or died, which its exit tells."""
         await self.loop.readable(channel.fileno(), CREATE_TIMEOUT)
-        data, fds, _, _ = socket.recv_fds(channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(channel, 4096, 2, socket.MSG_CMSG_CLOEXEC)
         return data.decode(errors="replace"), fds
 
     async def _spawn(self, connection: Connection, request: Spawn) -> tuple[Message, process.Streams]:
@@ -379,9 +387,13 @@ class Spawner:
         if not sandbox.init and not sandbox.builder:
             self._gone(sandbox)
 
-    def _builder_exited(self, sandbox: Sandbox, usage: resource.struct_rusage) -> None:
+    def _builder_exited(self, sandbox: Sandbox, status: int, usage: resource.struct_rusage) -> None:
         sandbox.builder = 0
         sandbox.add(usage)
+        if status and sandbox.channel is not None:
+            # It may have died between making PID 1 and telling of it: two that would wait for each other's word.
+            with contextlib.suppress(OSError):
+                sandbox.channel.shutdown(socket.SHUT_RDWR)
         if sandbox.state == "ending" and not sandbox.init:
             self._gone(sandbox)
 
@@ -398,6 +410,9 @@ class Spawner:
         for fd in (sandbox.pidfd, sandbox.pts):
             if fd >= 0:
                 os.close(fd)
+        sandbox.pidfd = sandbox.pts = -1
+        if self._names.get(sandbox.name) is not sandbox:
+            return  # its builder was killed, and what it said of PID 1 was read after that
         if sandbox.network:
             self._uplinks.release(sandbox.name)
         measured = cgroup.usage(sandbox.cgroup)

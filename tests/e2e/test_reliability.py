@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -50,10 +51,15 @@ def busy_clients(server: Server, count: int) -> list[subprocess.Popen[bytes]]:
 
 def recovered(server: Server) -> None:
     """No row lies, nothing of a sandbox is left, and a login works."""
-    wait_until(
-        lambda: not [row for row in server.sessions() if row["state"] in ("starting", "running", "closing")],
-        "every row to be closed",
-    )
+
+    def live() -> list[Any]:
+        return [row for row in server.sessions() if row["state"] in ("starting", "running", "closing")]
+
+    try:
+        wait_until(lambda: not live(), "every row to be closed")
+    except pytest.fail.Exception:
+        print(*live(), sep="\n")
+        raise
     wait_until(lambda: not sandbox_processes(server), "the sandboxes' processes to end")
     assert all(row["ended_at"] and row["end_reason"] for row in server.sessions())
     wait_until(lambda: server.ssh("true").returncode == 0, "a login to work")
