@@ -240,18 +240,27 @@ def _key_as_json(key: PublicKey) -> dict[str, Any]:
 
 
 def _password_from_stdin() -> str:
-    # Bytes that are no UTF-8 are a password too: the same that a client would send.
-    line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")
-    return _not_empty(line.removesuffix("\n").removesuffix("\r"))
+    try:
+        line = sys.stdin.buffer.readline().decode()
+    except UnicodeDecodeError:
+        raise StoreError("the password is no UTF-8 and could never be typed: nothing was changed") from None
+    return _prepared(line.removesuffix("\n").removesuffix("\r"))
 
 
 def _password_from_terminal() -> str:
     if not output.is_terminal():
         raise typer.BadParameter("there is no terminal to ask for a password: use --password-stdin")
-    return _not_empty(typer.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True))
+    return _prepared(typer.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True))
 
 
-def _not_empty(password: str) -> str:
-    if not password:
+def _prepared(password: str) -> str:
+    """As the server will see it: RFC 4252 section 8 has it brought to one form (RFC 4013), and asyncssh does."""
+    from asyncssh.saslprep import SASLPrepError, saslprep
+
+    try:
+        prepared = saslprep(password)
+    except SASLPrepError as error:
+        raise StoreError(f"the password cannot be used over SSH ({error}): nothing was changed") from None
+    if not prepared:
         raise StoreError("an empty password is none: nothing was changed")
-    return password
+    return prepared

@@ -68,6 +68,19 @@ def test_password_from_stdin(on: Command, database_url: str, line: bytes) -> Non
     assert verify(database_url, "alice", "pä ss")
 
 
+def test_a_password_is_kept_as_a_client_will_send_it(on: Command, database_url: str) -> None:
+    """As asyncssh brings it to one form: an accent typed in two characters, a no-break space."""
+    assert on("user", "add", "alice", "--password-stdin", stdin="e\u0301\u00a0x".encode()).status == 0
+    assert verify(database_url, "alice", "\u00e9 x")
+
+
+@pytest.mark.parametrize(("line", "why"), [(b"\xff\n", "no UTF-8"), (b"a\x07b\n", "cannot be used over SSH")])
+def test_a_password_that_could_never_be_typed_is_refused(on: Command, line: bytes, why: str) -> None:
+    refused = on("user", "add", "alice", "--password-stdin", stdin=line)
+    assert refused.status == 1 and why in refused.err and "Traceback" not in refused.err
+    assert on("user", "list", "--json").json == []
+
+
 def test_empty_password_is_none(on: Command) -> None:
     refused = on("user", "add", "alice", "--password-stdin", stdin=b"\n")
     assert refused.status == 1 and "empty password" in refused.err
