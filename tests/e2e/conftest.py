@@ -106,7 +106,7 @@ class Server:
         if not line.startswith("listening on "):
             pytest.fail(f"the server did not start: {line!r}\n{self.log.read_text()}")
         self.host, _, port = line.removeprefix("listening on ").rpartition(":")
-        self.port = int(port)
+        self.host, self.port = self.host.strip("[]"), int(port)
         return self
 
     def stop(self) -> None:

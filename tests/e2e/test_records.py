@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.e2e.conftest import Server, end, wait_until
+from tests.e2e.conftest import Server, end, make_server, wait_until
 
 pytestmark = pytest.mark.host
 
@@ -137,6 +137,33 @@ def test_two_servers_side_by_side(service: Server, own_server: Server) -> None:
         assert mine.stdout.readline() != theirs.stdout.readline()
     assert own_server.ssh("true", user="grace").returncode == 255, "users of the one are not the other's"
     assert len(own_server.sessions()) == 1
+
+
+def test_postgresql_two_workers_ipv6_and_a_long_path(postgres_url: str) -> None:
+    """What a larger installation has, at once; a path longer than a socket's may be (unix(7), sun_path)."""
+    with make_server("service") as server:
+        server.state = server.directory / ("state of " + "x" * 120) / "sandbox ssh"
+        server.state.parent.mkdir(mode=0o755)
+        server.config.update({
+            "SANDBOX_SSH_DATABASE_URL": postgres_url,
+            "SANDBOX_SSH_SERVER__WORKERS": "2",
+        })  # fmt: skip
+        server.add_user()
+        server.start("[::1]:0")
+        assert len(server.pids("sandbox-gateway")) == 2
+        clients = [server.popen("cat; echo $SSH_CLIENT") for _ in range(12)]
+        rows = wait_until(
+            lambda: len(rows := server.sessions("--state", "running")) == 12 and rows, "12 sessions to run"
+        )
+        assert {row["worker"] for row in rows} == {0, 1}, "the kernel spreads connections over the workers"
+        assert {row["client_address"] for row in rows} == {"::1"}
+        for row in rows[:2]:
+            assert server.cli("session", "kill", str(row["id"])).returncode == 0
+        outputs = [client.communicate(b"", timeout=30)[0].decode() for client in clients]
+        assert sorted(client.returncode for client in clients)[-2:] != [0, 0]
+        assert sum(output.startswith("::1 ") for output in outputs) == 10
+        wait_until(lambda: not server.sessions("--state", "running"), "every row to be closed")
+        assert sorted(row["end_reason"] for row in server.sessions()) == ["exit"] * 10 + ["killed"] * 2
 
 
 def test_a_sandbox_without_network_has_loopback_only(own_server: Server) -> None:
