@@ -125,6 +125,11 @@ def default_file() -> Path | None:
     return file if file.is_file() else None
 
 
+def runtime_dir() -> Path:
+    """A directory of this user's that all of their processes find."""
+    return _xdg("XDG_RUNTIME_DIR", ".cache")
+
+
 def _xdg(variable: str, below_home: str) -> Path:
     """A base directory of the XDG specification, which tells to ignore relative values."""
     value = Path(os.environ.get(variable, ""))

@@ -39,7 +39,7 @@ from sandbox_ssh.errors import AlreadyExistsError, NotFoundError, SandboxSSHErro
 from sandbox_ssh.sandbox import syscalls
 from sandbox_ssh.sandbox.host.ids import subordinate
 from sandbox_ssh.sandbox.idmap import BLOCK, SLICE
-from sandbox_ssh.unpack import CAPABILITY, CAPABILITY_HEADER, Counts, Limits, UnpackError, unpack
+from sandbox_ssh.unpack import CAPABILITY, CAPABILITY_HEADER, Counts, Limits, UnpackError, open_in_root, unpack
 
 HOST = "host"
 _libc = ctypes.CDLL(None)
@@ -87,8 +87,11 @@ def add(
         if _exists(images, name):
             raise AlreadyExistsError(f"there is an image {name} already: `sandbox-ssh image remove {name}`")
         with _partial(images) as (directory, partial):
-            with _open_source(source) as stream:
-                counts = _Worker(images).unpack(stream, directory, limits or Limits(), progress)
+            try:
+                with _open_source(source) as stream:
+                    counts = _Worker(images).unpack(stream, directory, limits or Limits(), progress)
+            except UnpackError as error:
+                raise UnpackError(f"{source}: {error}") from error
             kind = "directory" if source.is_dir() else "tarball"
             image = Image(name, kind, origin or str(source.absolute()), datetime.now(UTC), **_fields(counts))
             _write_description(directory, image)
@@ -101,6 +104,22 @@ def add(
             return image
     finally:
         os.close(images)
+
+
+def has_shell(state_dir: Path, name: str) -> bool:
+    """Whether an image has a /bin/sh, or a link by that name."""
+    try:
+        root = os.open(state_dir / "images" / name / "rootfs", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            directory = open_in_root(root, "bin")
+        finally:
+            os.close(root)
+    except OSError:
+        return False
+    try:
+        return _exists(directory, "sh")
+    finally:
+        os.close(directory)
 
 
 def list_images(state_dir: Path) -> list[Image]:

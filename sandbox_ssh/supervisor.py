@@ -12,6 +12,7 @@ SIGTERM stops: workers first, which tell their sessions; then the spawner. SIGHU
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -294,7 +295,8 @@ def bind(addresses: list[str], workers: int) -> list[list[socket.socket]]:
             try:
                 listener.bind(address)
             except OSError as error:
-                raise SandboxError(f"cannot listen on {text}: {error.strerror}; is another server there?") from error
+                hint = "; is another server there?" if error.errno == errno.EADDRINUSE else ""
+                raise SandboxError(f"cannot listen on {text}: {error.strerror}{hint}") from error
             listener.listen(1024)
             address = listener.getsockname()  # port 0: the others take the one that the first was given
             sockets.append(listener)

@@ -181,7 +181,7 @@ class _Tree:
 
     def _leads_to_directory(self, path: str) -> bool:
         try:
-            os.close(_open_in_root(self._root, path))
+            os.close(open_in_root(self._root, path))
         except OSError:
             return False
         return True
@@ -266,7 +266,7 @@ class _Tree:
                 raise UnpackError("the archive has a link to its own root")
             return os.dup(self._root), name
         try:
-            return _open_in_root(self._root, directory), name
+            return open_in_root(self._root, directory), name
         except FileNotFoundError:
             if not make:
                 raise
@@ -276,18 +276,18 @@ class _Tree:
             if not above:
                 break
             try:
-                os.close(_open_in_root(self._root, above))
+                os.close(open_in_root(self._root, above))
                 break
             except FileNotFoundError:
                 missing.append(above)
         for step in reversed(missing):
             above, _, last = step.rpartition("/")
-            fd = _open_in_root(self._root, above) if above else os.dup(self._root)
+            fd = open_in_root(self._root, above) if above else os.dup(self._root)
             try:
                 os.mkdir(last, 0o755, dir_fd=fd)
             finally:
                 os.close(fd)
-        return _open_in_root(self._root, directory), name
+        return open_in_root(self._root, directory), name
 
 
 def _plain(name: str) -> str:
@@ -339,7 +339,7 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _open_in_root(root: int, path: str) -> int:
+def open_in_root(root: int, path: str) -> int:
     """openat2(2) of a directory: no component leads out of `root`, into another file system or through /proc."""
     resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
     how = struct.pack("=QQQ", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, resolve)

@@ -86,10 +86,13 @@ class Context:
 
         return config.load(self.config_file, self.state_dir, self.database_url, **overrides)
 
-    def run(self, work: Callable[[Database], Awaitable[T]]) -> T:
-        """Do `work` with the database, which is created and migrated if it is empty, as the user it belongs to."""
+    def run(self, work: Callable[[Database], Awaitable[T]], *, create: bool = False) -> T:
+        """Do `work` with the database, as the user it belongs to; with `create`, one that is absent is made first.
+
+        Raises `StoreError`, for an absent one too: a mistyped directory must not look like a server without users.
+        """
         config = self.config()
-        prepare_database(config)
+        prepare_database(config, create=create)
         with as_database_owner(config):
             return asyncio.run(_with_database(config.database.url, work))
 
@@ -104,23 +107,35 @@ async def _with_database(url: str, work: Callable[[Database], Awaitable[T]]) -> 
         await database.dispose()
 
 
-def prepare_database(config: Config) -> None:
-    """Create and migrate an empty or absent database, and refuse one of another schema.
+def prepare_database(config: Config, *, create: bool) -> None:
+    """Create and migrate an empty or absent database, or refuse it, and refuse one of another schema.
 
     Raises `StoreError`, which names the remedy.
     """
     from sandbox_ssh.store import database
 
     url = config.database.url
+    file = sqlite_file(url)
+    if not create and file is not None and not _may_be_there(file):
+        raise database.absent(url)
     with as_database_owner(config):
         revision = database.current(url)
         if revision is not None:
             # An administrator decides when a schema changes that is in use.
             database.require_schema(database.parse_url(url), revision)
             return
+        if not create:
+            raise database.absent(url)
         from sandbox_ssh.store import migrate  # takes as long to import as all the rest
 
         migrate.upgrade(url)
+
+
+def _may_be_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # that it cannot be looked at is said by who opens it
+        return True
 
 
 @contextlib.contextmanager

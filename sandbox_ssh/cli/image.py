@@ -93,7 +93,9 @@ def remove(here: Context, name: Name) -> None:
     images.check_name(name)
     config = _config(here)
     # Another node's image of that name is another one.
-    live = here.run(lambda database: sessions.list_sessions(database, states=LIVE, node=config.server.node))
+    live = here.run(
+        lambda database: sessions.list_sessions(database, states=LIVE, node=config.server.node), create=True
+    )
     using = [str(session.id) for session in live if session.image == name]
     if using:
         raise images.ImageError(
@@ -157,11 +159,14 @@ def _config(here: Context) -> Config:
 def _add(here: Context, name: str, path: Path, origin: str) -> None:
     from sandbox_ssh import images
 
+    images.check_name(name)
     config = _config(here)
     prepare_state_dir(config)
     with _progress(f"adding image {name}") as show:
         image = images.add(config.server.state_dir, name, path, show, origin=origin)
     output.message(_added(image))
+    if not images.has_shell(config.server.state_dir, name):
+        output.message(f"the image {name} has no /bin/sh: no session can start in it")
 
 
 def _added(image: Image) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import json
 import os
 import pwd
@@ -18,8 +19,9 @@ import typer
 from sandbox_ssh.cli import context
 from sandbox_ssh.cli.context import Context
 from sandbox_ssh.cli.ownership import Owner, prepare_state_dir, sqlite_file
-from sandbox_ssh.config import DATABASE_FILE
+from sandbox_ssh.config import DATABASE_FILE, find_file, parse_address, runtime_dir
 from sandbox_ssh.errors import ConfigError
+from sandbox_ssh.sandbox.rootfs import HOST_IMAGE
 
 if TYPE_CHECKING:
     from sandbox_ssh.config import Config
@@ -47,12 +49,19 @@ def serve(
 
     Example: sandbox-ssh serve --listen 127.0.0.1:2222
     """
+    for text in listen or ():
+        try:
+            parse_address(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--listen") from None
     config = here.config(server__listen=",".join(listen) if listen else None, server__mode=mode.value if mode else None)
     gateway = gateway_owner(config)
+    check_readable(find_file(here.config_file), gateway)
+    check_image(config)
     prepare_state_dir(config)
     prepare_directories(config, gateway)
     lock = take_lock(config)
-    context.prepare_database(config)
+    context.prepare_database(config, create=True)
     prepare_host_keys(config, gateway)
     here.run(lambda database: _close_lost_sessions(database, config.server.node))
     become_supervisor(config, here.config_file, gateway, lock)
@@ -85,6 +94,24 @@ def gateway_owner(config: Config) -> Owner:
     return Owner(entry.pw_uid, entry.pw_gid)
 
 
+def check_readable(file: Path | None, gateway: Owner) -> None:
+    """The gateway reads the configuration too, again at each SIGHUP. Raises `ConfigError`."""
+    if file is None or gateway.uid == os.geteuid():
+        return
+    entry = file.stat()
+    shift = 6 if entry.st_uid == gateway.uid else 3 if entry.st_gid == gateway.gid else 0
+    if not entry.st_mode >> shift & 4:
+        group = grp.getgrgid(gateway.gid).gr_name
+        raise ConfigError(f"{file} cannot be read by the gateway: chgrp {group} {file} && chmod 0640 {file}")
+
+
+def check_image(config: Config) -> None:
+    """Raises `ConfigError` where no session could start for want of its image."""
+    name = config.sandbox.image
+    if name != HOST_IMAGE and not (config.server.state_dir / "images" / name / "rootfs").is_dir():
+        raise ConfigError(f"sandbox.image: there is no image {name}: add it, or see `sandbox-ssh image list`")
+
+
 def prepare_directories(config: Config, gateway: Owner) -> None:
     """Directories of root's, or of the one user: what the gateway may write is the database's alone."""
     state = config.server.state_dir
@@ -115,6 +142,20 @@ def _give_to_gateway(state: Path, gateway: Owner) -> None:
         # Another name of some file of root's would be given away with it.
         if entry.st_uid == 0 and stat.S_ISREG(entry.st_mode) and entry.st_nlink == 1:
             os.chown(file, gateway.uid, gateway.gid, follow_symlinks=False)
+
+
+def prepare_id_locks(config: Config) -> Path:
+    """A directory that all servers of this host, or of one user of it, share: which ids are in use (`idmap`)."""
+    directory = Path("/run/sandbox-ssh") if config.mode == "service" else runtime_dir() / "sandbox-ssh"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entry = directory.lstat()
+        if not stat.S_ISDIR(entry.st_mode) or entry.st_uid != os.geteuid():
+            raise ConfigError(f"{directory} is not a directory of {config.mode} mode's user: remove it")
+        directory.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be prepared: {error.strerror}") from error
+    return directory
 
 
 def take_lock(config: Config) -> int:
@@ -158,7 +199,6 @@ def prepare_host_keys(config: Config, gateway: Owner) -> None:
 
 
 def become_supervisor(config: Config, file: Path | None, gateway: Owner, lock: int) -> NoReturn:
-    from sandbox_ssh.config import find_file
     from sandbox_ssh.supervisor import Settings
 
     file = find_file(file)
@@ -179,6 +219,7 @@ def become_supervisor(config: Config, file: Path | None, gateway: Owner, lock: i
             "gateway_uid": gateway.uid,
             "id_first": config.sandbox.id_first,
             "id_blocks": config.sandbox.id_blocks,
+            "id_locks": str(prepare_id_locks(config)),
             "uplinks_ready": config.sandbox.uplinks_ready,
         },
         environment={

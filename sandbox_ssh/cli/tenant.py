@@ -28,7 +28,7 @@ def add(
     """Add a tenant."""
     from sandbox_ssh.store import tenants
 
-    here.run(lambda database: tenants.add(database, name, description=description, by=invoker()))
+    here.run(lambda database: tenants.add(database, name, description=description, by=invoker()), create=True)
     output.message(f"added tenant {name}")
 
 

@@ -67,7 +67,8 @@ def add(
     here.run(
         lambda database: users.add(
             database, name, tenant=tenant, role=Role(role), keys=parsed, password=password, by=invoker()
-        )
+        ),
+        create=True,
     )
     output.message(f"added user {name} of tenant {tenant}")
     if not parsed and password is None:

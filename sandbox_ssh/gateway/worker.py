@@ -106,6 +106,8 @@ class Worker:
         except ConfigError as error:
             log.error("the configuration was not reloaded", error=str(error))
             return
+        if waiting := _changed_for_the_next_start(self.config, config):
+            log.warning("these settings count from the next start on", keys=", ".join(waiting))
         self.config, self.options = config, options
         log.info("the configuration was reloaded for new connections")
 
@@ -143,6 +145,18 @@ class Worker:
     async def _sessions_gone(self, timeout: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
+
+
+def _changed_for_the_next_start(old: Config, new: Config) -> list[str]:
+    """What a reload cannot change: sockets, processes and the database are made once."""
+    fixed = [("server", key) for key in type(old.server).model_fields if key != "shutdown_timeout"]
+    fixed += [("sandbox", key) for key in ("id_first", "id_blocks", "uplinks_ready")]
+    fixed += [("database", "url"), ("log", "level"), ("log", "format")]
+    return [
+        f"{section}.{key}"
+        for section, key in fixed
+        if getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
+    ]
 
 
 def _settle_memory() -> None:

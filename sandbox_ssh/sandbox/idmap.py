@@ -9,6 +9,9 @@ then a file, a signal or a ptrace that crosses a boundary by mistake still meets
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +19,7 @@ from sandbox_ssh.errors import SandboxError
 
 BLOCK = 65536
 SLICE = 4096
+_MOST_SLICES = 1025  # of one server: a descriptor for each
 NOBODY = 65534
 
 
@@ -59,35 +63,55 @@ class Plan(Protocol):
 
 
 class _Numbers:
-    """The lowest free number first, so that ids stay small and a leak shows."""
+    """The lowest free number first, so that ids stay small and a leak shows.
 
-    def __init__(self, count: int, remedy: str) -> None:
-        self._free = list(range(count - 1, -1, -1))
+    Several servers on a host have the same numbers at hand, and what is one's must not be another's: a number is
+    taken by a lock on a file of `directory`, named by the number's first id. It ends with the process that has it.
+    """
+
+    def __init__(self, numbers: range, first: int, size: int, directory: int, remedy: str) -> None:
+        self.all = numbers
+        self._first = first
+        self._size = size
+        self._directory = directory
         self._remedy = remedy
+        self._files: dict[int, int] = {}
+        self._taken: set[int] = set()
 
     def take(self) -> int:
-        if not self._free:
-            raise SandboxError(f"no host ids are left for another user's sandboxes; {self._remedy}")
-        return self._free.pop()
+        for number in self.all:
+            if number not in self._taken:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self.file(number), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._taken.add(number)
+                    return number
+        raise SandboxError(f"no host ids are left for another user's sandboxes; {self._remedy}")
 
     def give(self, number: int) -> None:
-        self._free.append(number)
-        self._free.sort(reverse=True)
+        self._taken.remove(number)
+        fcntl.flock(self._files[number], fcntl.LOCK_UN)
+
+    def file(self, number: int) -> int:
+        if number not in self._files:
+            name = str(self._first + number * self._size)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._files[number] = os.open(name, flags, 0o600, dir_fd=self._directory)
+        return self._files[number]
 
 
 class Blocks:
-    """Service mode: 65,536 host ids for each user with live sandboxes, the first block for the uplinks."""
+    """Service mode: 65,536 host ids for each user with live sandboxes, and a block for the uplinks."""
 
     groups = True
 
-    def __init__(self, first: int, blocks: int) -> None:
+    def __init__(self, first: int, blocks: int, locks: int) -> None:
         self._first = first
-        self._numbers = _Numbers(blocks - 1, "raise sandbox.id_blocks in the configuration")
-        self.uplink = Map(((0, first, BLOCK),))
+        self._numbers = _Numbers(range(blocks), first, BLOCK, locks, "raise sandbox.id_blocks in the configuration")
+        self.uplink = Map(((0, first + self._numbers.take() * BLOCK, BLOCK),))
 
     def allocate(self) -> Ids:
         number = self._numbers.take()
-        base = self._first + (number + 1) * BLOCK
+        base = self._first + number * BLOCK
         whole = Map(((0, 0, BLOCK),))
         return Ids(number, Map(((0, base, BLOCK),)), whole, whole, base, base)
 
@@ -104,17 +128,22 @@ class Slices:
 
     groups = True
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, first: int, count: int, locks: int) -> None:
+        """`first`: which host id S's second one is, to tell this range from another one."""
         self._holder = Map(((0, 1, count - 1),))
         self._unpacked = Map(((0, 0, min(BLOCK, count - 1)),))
+        # The slice with H's root is for uplinks, also of another server of the same user, and never a tenant's.
         self._numbers = _Numbers(
-            (count - 1) // SLICE - 1, "give the server's user more ids in /etc/subuid and /etc/subgid (see `doctor`)"
-        )
+            range(1, min(_MOST_SLICES, (count - 1) // SLICE)), first, SLICE, locks,
+            "give the server's user more ids in /etc/subuid and /etc/subgid (see `doctor`)",
+        )  # fmt: skip
+        for number in self._numbers.all:
+            self._numbers.file(number)  # while the caller still is the user: root of S owns no file of the user's
         self.uplink = Map(((0, 1, SLICE - 1),))
 
     def allocate(self) -> Ids:
         number = self._numbers.take()
-        first = (number + 1) * SLICE  # in ids of H
+        first = number * SLICE  # in ids of H
         # Without `nobody` in the map, `su nobody` and many daemons fail with EINVAL.
         tenant = Map(((0, first, SLICE - 1), (NOBODY, first + SLICE - 1, 1)))
         return Ids(number, self._holder, tenant, self._unpacked, first + 1, 1)

@@ -57,11 +57,12 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     init = os.open(_program("catatonit"), os.O_RDONLY | os.O_CLOEXEC)
     _program("nft"), _program("slirp4netns")
     gateway_uid = int(settings["gateway_uid"])
+    locks = os.open(str(settings["id_locks"]), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     plan: idmap.Plan
     if settings["mode"] == "service":
-        plan = idmap.Blocks(int(settings["id_first"]), int(settings["id_blocks"]))
+        plan = idmap.Blocks(int(settings["id_first"]), int(settings["id_blocks"]), locks)
     else:
-        plan = enter_user_namespace()
+        plan = enter_user_namespace(locks)
         # As S sees the server's own user: its root where it is the only id, else nobody of S. What keeps others
         # from the socket then is its mode, 0600.
         gateway_uid = idmap.NOBODY if plan.groups else 0
@@ -88,7 +89,7 @@ def _program(name: str) -> str:
     return path
 
 
-def enter_user_namespace() -> idmap.Plan:
+def enter_user_namespace(locks: int) -> idmap.Plan:
     """Rootless: become root of S, a user namespace of the ids that /etc/subuid and /etc/subgid give this user."""
     first_uid, uids = _range("/etc/subuid")
     first_gid, gids = _range("/etc/subgid")
@@ -96,11 +97,11 @@ def enter_user_namespace() -> idmap.Plan:
     pid = str(os.getpid())
     plan: idmap.Plan
     if count >= 2 * idmap.SLICE + 1 and shutil.which("newuidmap") and shutil.which("newgidmap"):
+        plan = idmap.Slices(first_uid, count, locks)
         _unshare_while([
             ["newuidmap", pid, "0", str(first_uid), str(count)],
             ["newgidmap", pid, "0", str(first_gid), str(count)],
         ])  # fmt: skip
-        plan = idmap.Slices(count)
     else:
         uid, gid = os.getuid(), os.getgid()
         _unshare_while([])

@@ -33,6 +33,7 @@ from sandbox_ssh.spawner.protocol import Create, Destroy, Request, Signal, Spawn
 
 CREATE_TIMEOUT = 20.0
 MAX_CHANNELS = 64  # of one sandbox at a time
+MAX_SANDBOXES = 4096  # of one connection: no host carries more, and a gateway that was taken over is to stop somewhere
 MAX_UNSENT = 1000  # messages that a connection has not read: then it is hung or hostile
 
 Message = dict[str, Any]
@@ -241,6 +242,8 @@ class Spawner:
     async def _create(self, connection: Connection, request: Create) -> Message:
         if request.sandbox in self._names:
             raise Refusal("exists", f"a sandbox {request.sandbox} is live")
+        if len(connection.sandboxes) >= MAX_SANDBOXES:
+            raise Refusal("limit", f"a gateway has at most {MAX_SANDBOXES} sandboxes at a time")
         if request.image != HOST_IMAGE and not self._host.base.has_image(request.image):
             raise Refusal("unknown", f"there is no image {request.image}: see `sandbox-ssh image list`")
         held = self._hold(request.user)

@@ -173,6 +173,14 @@ def require_schema(url: URL, revision: str | None) -> None:
     raise StoreError(f"the database {describe(url)} has schema {revision}, this program needs {SCHEMA}: {UPGRADE}")
 
 
+def absent(url: str) -> StoreError:
+    """What is said of a database that nobody has made yet."""
+    return StoreError(
+        f"there is no database {describe(parse_url(url))}: `sandbox-ssh serve` or `db upgrade` makes it, "
+        f"and --state-dir or --database-url name another"
+    )
+
+
 def _lacks_tables(error: DBAPIError) -> bool:
     # 42P01 is PostgreSQL's undefined_table; SQLite has no code of its own for it.
     return getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig)

@@ -210,7 +210,7 @@ def check_name(what: str, name: str) -> None:
 async def get_tenant(transaction: AsyncSession, name: str) -> Tenant:
     tenant = await transaction.scalar(select(Tenant).where(Tenant.name == name))
     if tenant is None:
-        raise NotFoundError(f"there is no tenant {name}: `sandbox-ssh tenant add {name}` makes it")
+        raise NotFoundError(f"there is no tenant {name}: see `sandbox-ssh tenant list`, or make it with `tenant add`")
     return tenant
 
 

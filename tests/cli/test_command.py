@@ -59,7 +59,14 @@ def test_options_stand_at_any_level(command: Command, tmp_path: Path) -> None:
         arguments = [*words[:place], "--database-url", url, *words[place:]]
         assert [user["name"] for user in command(*arguments).json] == ["alice"], arguments
     other = f"sqlite:///{tmp_path}/two.db"
+    assert command("db", "upgrade", "--database-url", other).status == 0
     assert command("--database-url", url, "user", "list", "--json", "--database-url", other).json == []
+
+
+def test_a_mistyped_directory_is_no_server_without_users(command: Command, tmp_path: Path) -> None:
+    refused = command("--state-dir", tmp_path / "typo", "user", "list")
+    assert refused.status == 1 and f"there is no database {tmp_path}/typo/sandbox-ssh.db" in refused.sentence
+    assert refused.out == "" and not (tmp_path / "typo").exists()
 
 
 def test_options_from_the_environment(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +204,7 @@ def test_root_acts_as_the_owner_of_a_database(command: Command, tmp_path: Path, 
 
 @needs_root
 def test_root_is_told_whose_directory_it_must_be(command: Command, tmp_path: Path, gateway: pwd.struct_passwd) -> None:
-    refused = command("--database-url", f"sqlite:///{tmp_path}/x.db", "user", "list")
+    refused = command("--database-url", f"sqlite:///{tmp_path}/x.db", "user", "add", "ada")
     assert refused.status == 1 and "user nobody" in refused.err and f"{tmp_path}" in refused.err
 
 

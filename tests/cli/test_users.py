@@ -177,7 +177,11 @@ def test_tenants(on: Command) -> None:
         (("user", "add", "Alice"), 1, "cannot be the name"),
         (("user", "add", "--", "-rf"), 1, "cannot be the name"),
         (("user", "add", "\udcff\x1b[2J"), 1, "cannot be the name"),
-        (("user", "add", "bob", "--tenant", "none"), 1, "sandbox-ssh tenant add none"),
+        (
+            ("user", "add", "bob", "--tenant", "none"),
+            1,
+            "there is no tenant none: see `sandbox-ssh tenant list`, or make it with `tenant add`",
+        ),
         (("user", "add", "bob", "--role", "king"), 2, "user, instructor, admin"),
         (("user", "add", "bob", "--key", "/nowhere"), 1, "/nowhere cannot be read: No such file"),
         (("user", "add", "bob", "--key", "/"), 1, "/ cannot be read: Is a directory"),

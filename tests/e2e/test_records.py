@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +137,11 @@ def test_two_servers_side_by_side(service: Server, own_server: Server) -> None:
     with own_server.popen(command) as mine, service.popen(command) as theirs:
         assert mine.stdout is not None and theirs.stdout is not None
         assert mine.stdout.readline() != theirs.stdout.readline()
+        owners = {
+            re.search(r"^Uid:\s+(\d+)", Path(f"/proc/{server.latest()['init_pid']}/status").read_text(), re.M)[1]  # type: ignore[index]
+            for server in (service, own_server)
+        }
+        assert len(owners) == 2 and not {"0", "65534"} & owners, "each has host ids of its own"
     assert own_server.ssh("true", user="grace").returncode == 255, "users of the one are not the other's"
     assert len(own_server.sessions()) == 1
 
