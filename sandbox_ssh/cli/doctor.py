@@ -19,11 +19,12 @@ import typer
 
 from sandbox_ssh.cli import context, output, ownership
 from sandbox_ssh.cli.context import Context
-from sandbox_ssh.cli.serve import Mode
+from sandbox_ssh.cli.serve import Mode, addresses
 from sandbox_ssh.config import Address, Config
 from sandbox_ssh.errors import StoreError
 from sandbox_ssh.sandbox import host
 from sandbox_ssh.sandbox.host.finding import Finding, Needs, Status, as_root, bad, good, set_sysctl
+from sandbox_ssh.sandbox.rootfs import HOST_IMAGE
 
 # What a host should have room for: no setting bounds the number of sandboxes, and this many are tested.
 _SANDBOXES = 300
@@ -36,13 +37,16 @@ def doctor(
     mode: Annotated[
         Mode | None, typer.Option(help="Which mode to check this host for. \\[default: as configured]")
     ] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(metavar="ADDR:PORT", help="Where the server is to listen, as for serve.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="An array of check, status, found, meaning, remedy.")] = False,
 ) -> None:
     """Check what this host offers to sandboxes, and say how to mend what it lacks.
 
     Run it as the user that the server runs as. Exit status: 0 no FAIL, 1 a FAIL, 2 wrong usage.
     """
-    config = here.config(server__mode=mode.value if mode else None)
+    config = here.config(server__listen=addresses(listen), server__mode=mode.value if mode else None)
     findings = examine(config)
     if as_json:
         output.print_json([asdict(finding) for finding in findings])
@@ -65,6 +69,7 @@ def examine(config: Config) -> list[Finding]:
         ("gateway-user", gateway_user),
         ("state-directory", state_directory),
         ("database", database),
+        ("image", image),
         ("port", ports),
     ):
         findings += host.answer(name, lambda _, check=check: check(config), needs)  # type: ignore[misc]
@@ -118,6 +123,16 @@ def state_directory(config: Config) -> list[Finding]:
             as_root(f"chmod o-w {directory}"),
         )
     return good("state-directory", found, "The server can keep its host key, database and images there.")
+
+
+def image(config: Config) -> list[Finding]:
+    name = config.sandbox.image
+    if name == HOST_IMAGE:
+        return []
+    if (config.server.state_dir / "images" / name / "rootfs").is_dir():
+        return good("image", name, "Sandboxes start with it (sandbox.image).")
+    remedy = f"sandbox-ssh image add {name} PATH, or set sandbox.image to one of `sandbox-ssh image list`"
+    return bad("image", f"there is no image {name}", "The server does not start without it (sandbox.image).", remedy)
 
 
 def _absent(directory: Path) -> list[Finding]:
@@ -206,7 +221,7 @@ def _unusable(address: Address, error: OSError, state_dir: Path) -> list[Finding
         "port",
         f"{address} is taken by process {pid}: {command}",
         "The server cannot listen there.",
-        f"Stop it ({as_root(f'kill {pid}')}), or set server.listen to another port.",
+        "Set server.listen, or --listen, to another port, or stop that process.",
     )
 
 

@@ -49,12 +49,7 @@ def serve(
 
     Example: sandbox-ssh serve --listen 127.0.0.1:2222
     """
-    for text in listen or ():
-        try:
-            parse_address(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--listen") from None
-    config = here.config(server__listen=",".join(listen) if listen else None, server__mode=mode.value if mode else None)
+    config = here.config(server__listen=addresses(listen), server__mode=mode.value if mode else None)
     gateway = gateway_owner(config)
     check_readable(find_file(here.config_file), gateway)
     check_image(config)
@@ -65,6 +60,16 @@ def serve(
     prepare_host_keys(config, gateway)
     here.run(lambda database: _close_lost_sessions(database, config.server.node))
     become_supervisor(config, here.config_file, gateway, lock)
+
+
+def addresses(listen: list[str] | None) -> str | None:
+    """The option as the configuration has it; a bad one is wrong usage."""
+    for text in listen or ():
+        try:
+            parse_address(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--listen") from None
+    return ",".join(listen) if listen else None
 
 
 async def _close_lost_sessions(database: Database, node: str) -> None:

@@ -91,8 +91,6 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         return True
 
     def exec_requested(self, command: str) -> bool:
-        if len(command) > MAX_COMMAND or "\0" in command:
-            return False
         self._kind = "exec"
         self._command = command
         return True
@@ -171,6 +169,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
     async def _spawn(self) -> list[int]:
         assert self._chan is not None
+        if self._command is not None and (len(self._command) > MAX_COMMAND or "\0" in self._command):
+            raise Refusal(f"a command may have {MAX_COMMAND} characters, and none that is NUL")
         environment = accepted(self._chan.get_environment(), self._session.accept_env)
         environment |= self._session.environment
         if self._pty is not None and 0 < len(self._terminal) <= 64:

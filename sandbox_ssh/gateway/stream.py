@@ -67,6 +67,12 @@ class Stream(asyncssh.SSHServerChannel[bytes]):
                 self._env.clear()
         return result
 
+    def _process_exec_request(self, packet: SSHPacket) -> bool:
+        """A command is bytes (RFC 4254 section 6.5); asyncssh refuses what is no UTF-8."""
+        command = packet.get_string()
+        packet.check_end()
+        return self._start_session(command=command.decode("utf-8", "surrogateescape"))
+
     def drop_unsent(self) -> None:
         """Forget what waits for a window that the client may never open again, and would hold up the close."""
         self._send_buf.clear()

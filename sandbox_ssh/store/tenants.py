@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sandbox_ssh.errors import AlreadyExistsError, StoreError
 from sandbox_ssh.store import audit
 from sandbox_ssh.store.database import Database
-from sandbox_ssh.store.models import Tenant, User
+from sandbox_ssh.store.models import DEFAULT_TENANT, Tenant, User
 from sandbox_ssh.store.users import check_name, get_tenant
 
 
@@ -61,7 +61,9 @@ async def change(
 
 
 async def remove(database: Database, name: str, *, by: str) -> None:
-    """Raises `NotFoundError`, and `StoreError` for a tenant that still has users."""
+    """Raises `NotFoundError`, and `StoreError` for a tenant that has users, and for the one that always is."""
+    if name == DEFAULT_TENANT:
+        raise StoreError(f"the tenant {name} stays: users belong to it unless another is named")
     async with database.write() as transaction:
         tenant = await get_tenant(transaction, name)
         await transaction.delete(tenant)

@@ -63,6 +63,14 @@ def test_options_stand_at_any_level(command: Command, tmp_path: Path) -> None:
     assert command("--database-url", url, "user", "list", "--json", "--database-url", other).json == []
 
 
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sandbox_ssh", "--state-dir", str(tmp_path)]
+    subprocess.run([*words, "db", "upgrade"], check=True, env={**os.environ, "SANDBOX_SSH_SERVER__MODE": "rootless"})
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*words, "session", "list", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "sandbox-ssh: No space left on device: standard output\n"
+
+
 def test_a_mistyped_directory_is_no_server_without_users(command: Command, tmp_path: Path) -> None:
     refused = command("--state-dir", tmp_path / "typo", "user", "list")
     assert refused.status == 1 and f"there is no database {tmp_path}/typo/sandbox-ssh.db" in refused.sentence

@@ -22,6 +22,13 @@ from tests.e2e.conftest import Server, descendants, end, processes, wait_until
 pytestmark = pytest.mark.host
 
 
+def test_commands_are_bytes_and_have_an_end(server: Server) -> None:
+    assert server.ssh("printf 'a\udcff' | od -An -tx1").stdout.split() == [b"61", b"ff"]
+    assert server.ssh("echo " + "x" * 30000).stdout == b"x" * 30000 + b"\n"
+    refused = server.ssh("echo " + "x" * 40000)
+    assert refused.returncode == 254 and b"a command may have 32768 characters" in refused.stderr
+
+
 class Terminal:
     """`ssh -tt` on a terminal of ours, read and typed at like a person does."""
 

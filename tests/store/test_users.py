@@ -66,7 +66,7 @@ async def test_a_name_is_given_once(database: Database) -> None:
 
 
 async def test_unknown_tenant_adds_nobody(database: Database) -> None:
-    with pytest.raises(NotFoundError, match="sandbox-ssh tenant add chemistry"):
+    with pytest.raises(NotFoundError, match="there is no tenant chemistry: see `sandbox-ssh tenant list`"):
         await users.add(database, "alice", tenant="chemistry", by="root")
     assert await users.list_users(database) == []
     assert await events(database) == []
