@@ -26,7 +26,7 @@ class Messages:
     bridge: bytes
     """In E: the bridge."""
     attach_tap: bytes
-    """In E: slirp4netns's tap into the bridge."""
+    """In E: slirp4netns's tap into the bridge, with the MTU that all have: a bridge drops what a port cannot take."""
     veth: bytes
     """In E: the pair, its far end born in the sandbox's net namespace as `tap0`."""
     lo_up: bytes
@@ -110,7 +110,7 @@ def _encode() -> dict[str, bytes]:
             [("IFLA_IFNAME", "br0"), ("IFLA_MTU", MTU), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})],
             index=BRIDGE,
         ),
-        "attach_tap": link(change, [("IFLA_IFNAME", "tap0"), ("IFLA_MASTER", BRIDGE)]),
+        "attach_tap": link(change, [("IFLA_IFNAME", "tap0"), ("IFLA_MASTER", BRIDGE), ("IFLA_MTU", MTU)]),
         "veth": link(
             create,
             [("IFLA_IFNAME", "veth0"), ("IFLA_MTU", MTU), ("IFLA_MASTER", BRIDGE), ("IFLA_LINKINFO", {"attrs": pair})],

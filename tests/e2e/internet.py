@@ -128,7 +128,7 @@ def serve(addresses: list[str]) -> None:
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(b"hello\n")
             else:
-                data, peer = listener.recvfrom(4096)
+                data, peer = listener.recvfrom(65536)
                 listener.sendto(answer(data) if key.data == "dns" else data, peer)
             print(key.data, listener.getsockname()[0], peer[0], flush=True)
 

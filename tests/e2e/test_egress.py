@@ -99,6 +99,17 @@ def test_the_outside_is_reached(online: Server, there: StandIn) -> None:
     assert "1 received" in online.run(f"ping -c 1 -W 5 {PUBLIC}")
 
 
+def test_large_datagrams_and_segments_pass(online: Server, there: StandIn) -> None:
+    """Every interface on the way has the MTU that the sandbox's has."""
+    script = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5)
+for size in (1000, 8000, 30000):
+    s.sendto(b"x" * size, (sys.argv[1], 7000)); print(len(s.recv(65536)))
+"""
+    assert python(online, script, PUBLIC).split() == ["1000", "8000", "30000"]
+
+
 def test_what_must_not_be_reached_is_not(online: Server, there: StandIn, here: StandIn) -> None:
     seen, seen_here = len(there.contacts), len(here.contacts)
     private = (LAN, METADATA, HERE_LAN, HERE_PUBLIC, "10.0.2.2", "127.0.0.1")
