@@ -20,47 +20,21 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from sandbox_ssh.errors import ConfigError
+from sandbox_ssh import quotas
+from sandbox_ssh.errors import ConfigError, QuotaError
+from sandbox_ssh.units import parse_duration
 
 PREFIX = "SANDBOX_SSH_"
 DATABASE_FILE = "sandbox-ssh.db"
 HOST_KEY = "host_keys/ssh_host_ed25519_key"
 
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhd])", re.ASCII)
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})", re.ASCII)
-
-
-def parse_duration(text: object) -> float:
-    """Seconds of `"500ms"`, `"30s"`, `"10m"`, `"2h"` or `"7d"`.
-
-    Raises `ValueError` for anything else; a bare number too, as nobody can see its unit.
-    """
-    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError('a duration is a number and a unit, such as "30s", "10m" or "2h"')
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def parse_size(text: object) -> int:
-    """Bytes of `"64K"`, `"512M"`, `"1.5G"`, `"1T"` (units of 1024) or of a whole number.
-
-    Raises `ValueError` for anything else.
-    """
-    if type(text) is int and text >= 0:
-        return text
-    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError('a size is a number and a unit, such as "64K", "512M" or "1G"')
-    return int(float(match[1]) * _BYTES[match[2]])
 
 
 class Address(NamedTuple):
@@ -95,6 +69,19 @@ def _words(value: object) -> object:
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
+def _quotas(value: object) -> object:
+    """`[sandbox.quotas]`: keys and values as `quota set` takes them; in the environment KEY=VALUE with commas."""
+    if isinstance(value, str):
+        pairs = [word.partition("=") for word in cast("list[str]", _words(value))]
+        value = {key: text for key, _, text in pairs}
+    if not isinstance(value, dict):
+        raise ValueError("quotas are KEY = VALUE")
+    try:
+        return {key: quotas.parse(str(key), text) for key, text in value.items()}
+    except QuotaError as error:
+        raise ValueError(str(error)) from None
+
+
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError("a path must be absolute, as several processes with different directories read it")
@@ -102,7 +89,6 @@ def _absolute(path: Path) -> Path:
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration)]
-Size = Annotated[int, BeforeValidator(parse_size)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Addresses = Annotated[
     tuple[Annotated[Address, BeforeValidator(parse_address)], ...], BeforeValidator(_words), Field(min_length=1)
@@ -193,11 +179,7 @@ class Sandbox(Section):
     image: Name = "host"
     hostname: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")] = "sandbox"
     network: Literal["uplink", "none"] = "uplink"
-    disk: Size = 2**30
-    inodes: Count = 100_000
-    tmp: Size = 512 * 2**20
-    shm: Size = 64 * 2**20
-    ptys: Annotated[int, Field(ge=1, le=4096)] = 64
+    quotas: Annotated[dict[str, int], BeforeValidator(_quotas)] = {}
     # Above the ids that systemd gives to containers (up to 0x6fffffff), that useradd gives to /etc/subuid (up to
     # 600100000) and that SSSD gives to a directory's users (up to 2000200000); 1024 blocks end below systemd's
     # next reserved range (0x7ffe0000).

@@ -23,6 +23,21 @@ class AlreadyExistsError(StoreError):
     """A user, tenant, key or image of that name exists."""
 
 
+class QuotaError(SandboxSSHError):
+    """A quota that does not exist, or a value that makes no sense for it."""
+
+
+class RefusedError(SandboxSSHError):
+    """A quota, or what the host can carry, does not let a session in; the text is for the one who logs in.
+
+    `key` is the quota's name, or `capacity`.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class ProtocolError(SandboxSSHError):
     """A message between gateway and spawner that its table does not allow."""
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sandbox_ssh import units
 from sandbox_ssh.cli import context, output
 from sandbox_ssh.cli.context import Context, examples
 from sandbox_ssh.cli.ownership import prepare_state_dir
@@ -78,7 +79,7 @@ def list_(here: Context, as_json: Annotated[bool, typer.Option("--json", help="P
     else:
         output.print_table(
             ("NAME", "KIND", "SIZE", "ENTRIES", "ADDED", "SOURCE"),
-            ((i.name, i.kind, output.size(i.bytes), i.entries, i.added_at, i.source) for i in found),
+            ((i.name, i.kind, units.size(i.bytes), i.entries, i.added_at, i.source) for i in found),
         )
 
 
@@ -171,7 +172,7 @@ def _add(here: Context, name: str, path: Path, origin: str) -> None:
 
 def _added(image: Image) -> str:
     skipped = f", {image.skipped} device nodes, fifos or sockets left out" if image.skipped else ""
-    return f"added image {image.name}: {image.entries} entries, {output.size(image.bytes)}{skipped}"
+    return f"added image {image.name}: {image.entries} entries, {units.size(image.bytes)}{skipped}"
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
     def show(entries: int, size: int) -> None:
         nonlocal status
-        text = f"{what}: {entries} entries, {output.size(size)}"
+        text = f"{what}: {entries} entries, {units.size(size)}"
         if status is None:
             # Not before: the spinner has a thread, and processes are forked until the first count comes.
             status = Status(text, console=Console(stderr=True))

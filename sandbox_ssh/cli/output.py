@@ -91,17 +91,5 @@ def _side(value: object) -> Any:
     return "right" if isinstance(value, (int, float)) and not isinstance(value, bool) else "left"
 
 
-def size(count: int | None) -> str | None:
-    """Bytes as people read them: 512, 1.5K, 20M."""
-    if count is None:
-        return None
-    value = float(count)
-    for unit in ("", "K", "M", "G"):
-        if value < 1024:
-            return f"{value:.1f}".removesuffix(".0") + unit if value < 10 else f"{value:.0f}{unit}"
-        value /= 1024
-    return f"{value:.1f}T"
-
-
 def is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sandbox_ssh import units
 from sandbox_ssh.cli import context, output
 from sandbox_ssh.cli.context import Context, examples, invoker
 
@@ -45,7 +46,7 @@ def _time(text: str | None) -> str | None:
 
 def parse_time(text: str) -> datetime:
     """An ISO 8601 time, UTC where it names no zone, or how long ago: `90s`, `30m`, `2h`, `7d`."""
-    from sandbox_ssh.config import parse_duration
+    from sandbox_ssh.units import parse_duration
 
     try:
         return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
@@ -246,7 +247,7 @@ def _details(session: Session) -> list[tuple[str, object]]:
         ("image", session.image),
         ("bytes in, out", f"{session.bytes_in}, {session.bytes_out}"),
         ("CPU seconds", None if session.cpu_seconds is None else f"{session.cpu_seconds:.3f}"),
-        ("peak memory", output.size(session.memory_peak_bytes)),
+        ("peak memory", units.size(session.memory_peak_bytes)),
         ("init pid", session.init_pid),
         ("namespaces", " ".join(f"{kind}:[{inode}]" for kind, inode in namespaces.items()) or None),
     ]

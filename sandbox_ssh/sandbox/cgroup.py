@@ -1,7 +1,10 @@
 """A cgroup for each sandbox: what it used, and an end for all that runs in it (cgroups(7)).
 
-Where no cgroup v2 tree may be written, sandboxes have none: their usage is then what wait4(2) tells of their
-processes, and `sandbox-ssh doctor` says so.
+    sandbox-ssh.<spawner's pid>/t<tenant>/u<user>/<sandbox>
+
+What a tenant or a user may use is written at their level, so it binds the sum. Where no cgroup v2 tree may be written,
+sandboxes have none: their usage is then what /proc and wait4(2) tell of their processes, nothing bounds their memory,
+and `sandbox-ssh doctor` says so.
 """
 
 from __future__ import annotations
@@ -12,11 +15,30 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox_ssh.sandbox.limits import Limits
+
+_PERIOD = 100_000  # microseconds, cpu.max's default
+
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    cpu_seconds: float
-    memory_peak_bytes: int
+class Leaf:
+    """A sandbox's cgroup."""
+
+    path: str
+    """Below the spawner's subtree."""
+    directory: int
+    """Descriptor."""
+
+    def read(self, name: str) -> str:
+        """Raises `OSError` where the file is not there, for want of the controller or of a newer kernel."""
+        return _read(self.directory, name)
+
+    def number(self, name: str, key: str = "") -> int:
+        """A file's number, or the one beside `key`; 0 where there is none."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            text = self.read(name)
+            return int(dict(line.split() for line in text.splitlines())[key] if key else text)
+        return 0
 
 
 class Cgroups:
@@ -24,47 +46,70 @@ class Cgroups:
 
     def __init__(self) -> None:
         self._root = _subtree(f"{_PREFIX}{os.getpid()}")
+        self._controllers = frozenset(_read(self._root, "cgroup.subtree_control").split() if self._root else ())
 
-    @property
-    def available(self) -> bool:
-        return self._root is not None
-
-    def create(self, sandbox: str) -> int | None:
-        """A descriptor of a new cgroup's directory."""
+    def create(self, tenant: int, tenant_limits: Limits, user: int, user_limits: Limits, sandbox: str) -> Leaf | None:
+        """A new cgroup below the tenant's and the user's, with their limits in these. Raises `OSError`."""
         if self._root is None:
             return None
+        path = f"t{tenant}/u{user}/{sandbox}"
+        for parent, limits in ((f"t{tenant}", tenant_limits), (f"t{tenant}/u{user}", user_limits)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(parent, dir_fd=self._root)
+                if self._controllers:
+                    enabled = " ".join(f"+{controller}" for controller in self._controllers)
+                    _write_at(self._root, f"{parent}/cgroup.subtree_control", enabled)
+            self._limit(parent, limits)
         with contextlib.suppress(FileExistsError):
-            os.mkdir(sandbox, dir_fd=self._root)
-        return os.open(sandbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root)
+            os.mkdir(path, dir_fd=self._root)
+        if "memory" in self._controllers:
+            # Half a sandbox is no sandbox: the session ends, and says why.
+            _write_at(self._root, f"{path}/memory.oom.group", "1")
+        return Leaf(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root))
 
-    def remove(self, sandbox: str, cgroup: int | None) -> bool:
-        """Kill what is left and remove the cgroup; False while something in it still lives."""
-        if self._root is None or cgroup is None:
+    def limit(self, tenant: int, tenant_limits: Limits, user: int, user_limits: Limits) -> None:
+        """Change the limits of what is live; harmless where nothing is. Raises `OSError`."""
+        if self._root is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._limit(f"t{tenant}", tenant_limits)
+                self._limit(f"t{tenant}/u{user}", user_limits)
+
+    def _limit(self, path: str, limits: Limits) -> None:
+        values: dict[str, str] = {}
+        if "pids" in self._controllers:
+            values["pids.max"] = str(limits.get("processes", "max"))
+        if "memory" in self._controllers:
+            values["memory.max"] = str(limits.get("memory", "max"))
+            values["memory.swap.max"] = "0"
+        if "cpu" in self._controllers:
+            cpu = limits.get("cpu")
+            values["cpu.max"] = f"{'max' if cpu is None else cpu * _PERIOD // 1000} {_PERIOD}"
+            values["cpu.weight"] = str(limits.get("cpu_weight", 100))
+        assert self._root is not None
+        for name, value in values.items():
+            with contextlib.suppress(FileNotFoundError):  # memory.swap.max: a kernel without swap
+                _write_at(self._root, f"{path}/{name}", value)
+
+    def remove(self, leaf: Leaf | None) -> bool:
+        """Kill what is left and remove the cgroup, and those above it that are empty now.
+
+        False while something in it still lives.
+        """
+        if self._root is None or leaf is None:
             return True
         try:
-            os.rmdir(sandbox, dir_fd=self._root)
+            os.rmdir(leaf.path, dir_fd=self._root)
         except FileNotFoundError:
             return True
         except OSError:
             with contextlib.suppress(OSError):
-                _write(cgroup, "cgroup.kill", "1")  # Linux 5.14
+                _write_at(leaf.directory, "cgroup.kill", "1")  # Linux 5.14
             return False
+        tenant, user, _ = leaf.path.split("/")
+        with contextlib.suppress(OSError):  # others live there
+            os.rmdir(f"{tenant}/{user}", dir_fd=self._root)
+            os.rmdir(tenant, dir_fd=self._root)
         return True
-
-
-def usage(cgroup: int | None) -> Usage | None:
-    """CPU time of all that ever ran in a cgroup, and the most memory at once where it has a memory controller."""
-    if cgroup is None:
-        return None
-    try:
-        fields = dict(line.split() for line in _read(cgroup, "cpu.stat").splitlines())
-        cpu = int(fields["usage_usec"]) / 1e6
-    except (OSError, ValueError, KeyError):
-        return None
-    peak = 0
-    with contextlib.suppress(OSError, ValueError):
-        peak = int(_read(cgroup, "memory.peak"))  # Linux 5.19
-    return Usage(cpu, peak)
 
 
 _SERVER = "server"  # the leaf that the server's own processes move to
@@ -103,7 +148,7 @@ def _subtree(name: str) -> int | None:
     for level in (above, directory):
         with contextlib.suppress(OSError):
             wanted = [c for c in _read(level, "cgroup.controllers").split() if c in ("cpu", "memory", "pids")]
-            _write(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
+            _write_at(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
     os.close(above)
     return directory
 
@@ -121,8 +166,8 @@ def sweep(spawner: int = 0) -> bool:
             try:
                 # Its spawner holds this lock as long as it lives, in whichever pid namespace that is.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for directory in (*tree.glob("*/"), tree):
-                    directory.rmdir()
+                for directory, _, _ in os.walk(tree, topdown=False):
+                    os.rmdir(directory)
             finally:
                 os.close(lock)
     return not (parent / f"{_PREFIX}{spawner}").exists()
@@ -136,7 +181,7 @@ def _read(directory: int, name: str) -> str:
         os.close(fd)
 
 
-def _write(directory: int, name: str, text: str) -> None:
+def _write_at(directory: int, name: str, text: str) -> None:
     fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         os.write(fd, text.encode())

@@ -1,8 +1,11 @@
-"""H: one user namespace for each user with live sandboxes, above all of them and never entered by their code.
+"""H: one user namespace for each user with live sandboxes, above all of them and never entered by their code;
+and G: one for each tenant, above the holders of its users.
 
 The limits in /proc/sys/user are per user namespace, and a creation is charged to every namespace above it
 (kernel/ucount.c, inc_ucount): whatever is written into H's files binds the sum of the user's sandboxes, however
-they nest, and nobody below can reach H to raise it.
+they nest, and nobody below can reach H to raise it. G binds the sum of the tenant's users in the same way.
+
+    S ── G (tenant) ── H (user) ── T (sandbox)
 """
 
 from __future__ import annotations
@@ -10,11 +13,29 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sandbox_ssh.errors import SandboxError
+from sandbox_ssh.sandbox import limits as limits_
 from sandbox_ssh.sandbox import syscalls as sys
 from sandbox_ssh.sandbox.idmap import Ids, Map, Plan
+from sandbox_ssh.sandbox.limits import Limits
+
+_IDLE_TENANTS = 64
+"""Holders of tenants with no live user that are kept: making one is a fifth of a login. Those of users are not."""
+
+
+@dataclass(slots=True)
+class Tenant:
+    """A tenant's holder."""
+
+    number: int
+    userns: int
+    """Descriptor of G."""
+    limits: Limits
+    users: int = 0
 
 
 @dataclass(slots=True)
@@ -22,11 +43,13 @@ class Holder:
     """A user's holder; open while `sandboxes` is above 0."""
 
     user: int
+    tenant: Tenant
     ids: Ids
     userns: int
     """Descriptor of H."""
     owner: int
     """Descriptor of a namespace whose map is T's for the image `host`: what files of that image are mapped by."""
+    limits: Limits = field(default_factory=dict)
     sandboxes: int = 0
 
     def close(self) -> None:
@@ -35,20 +58,159 @@ class Holder:
             os.close(self.owner)
 
 
-def create(user: int, plan: Plan) -> Holder:
-    """A holder for `user` with ids of its own. Raises `SandboxError`."""
-    ids = plan.allocate()
-    try:
-        userns = new_user_namespace(ids.holder, plan.groups)
+class Holders:
+    """The holders of all users with live sandboxes, and of their tenants."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._users: dict[tuple[int, int], Holder] = {}
+        self._tenants: dict[int, Tenant] = {}
+
+    def hold(self, user: int, tenant: int, user_limits: Limits, tenant_limits: Limits) -> Holder:
+        """The user's holder with these limits in it, for one more sandbox. Raises `SandboxError` or `OSError`."""
+        held = self._users.get((tenant, user))
+        if held is None:
+            above = self._tenant(tenant, tenant_limits)
+            held = self._new_user(user, above, user_limits)
+            self._users[tenant, user] = held
+        else:
+            self.limit(user, tenant, user_limits, tenant_limits)
+        held.sandboxes += 1
+        return held
+
+    def let_go(self, held: Holder) -> None:
+        held.sandboxes -= 1
+        if held.sandboxes:
+            return
+        del self._users[held.tenant.number, held.user]
+        held.close()
+        self._plan.release(held.ids)
+        held.tenant.users -= 1
+        if held.tenant.users:
+            if "user_namespaces" in held.tenant.limits:
+                self._rewrite_tenant(held.tenant)
+            return
+        self._tenants[held.tenant.number] = self._tenants.pop(held.tenant.number)  # the last to have been in use
+        idle = [tenant for tenant in self._tenants.values() if not tenant.users]
+        if len(idle) > _IDLE_TENANTS:
+            os.close(self._tenants.pop(idle[0].number).userns)
+
+    def limit(self, user: int, tenant: int, user_limits: Limits, tenant_limits: Limits) -> None:
+        """Change the limits of what is live; harmless where nothing is. Raises `SandboxError`.
+
+        Sysctls bind at once, for what is created from then on. Of rlimits, a namespace keeps those that it was made
+        under: they count for the next sandbox (a user's) and the next holder (a tenant's).
+        """
+        above = self._tenants.get(tenant)
+        if above is not None and above.limits != tenant_limits:
+            above.limits = tenant_limits
+            self._rewrite_tenant(above)
+        held = self._users.get((tenant, user))
+        if held is not None and held.limits != user_limits:
+            held.limits = user_limits
+            self._inside(held.userns, lambda: limits_.write_sysctls(user_limits, new=False))
+
+    def _rewrite_tenant(self, tenant: Tenant) -> None:
+        self._inside(tenant.userns, lambda: limits_.write_sysctls(tenant.limits, new=False, overhead=tenant.users))
+
+    def _tenant(self, number: int, limits: Limits) -> Tenant:
+        found = self._tenants.get(number)
+        if found is None:
+            userns = new_user_namespace(self._plan.tenant, self._plan.groups)
+            found = self._tenants[number] = Tenant(number, userns, {})
+        if found.limits != limits:
+            found.limits = limits
+            self._rewrite_tenant(found)
+        return found
+
+    def _new_user(self, user: int, above: Tenant, limits: Limits) -> Holder:
+        ids = self._plan.allocate()
+        opened: list[int] = []
         try:
-            owner = userns if ids.root == ids.holder.extents[0][1] else _owner_namespace(ids, plan)
+            opened.append(self._below(above, ids.holder, limits))
+            if ids.root != ids.holder.extents[0][1]:
+                opened.append(_owner_namespace(ids, self._plan))
         except BaseException:
-            os.close(userns)
+            for fd in opened:
+                os.close(fd)
+            self._plan.release(ids)
             raise
-    except BaseException:
-        plan.release(ids)
-        raise
-    return Holder(user, ids, userns, owner)
+        above.users += 1
+        return Holder(user, above, ids, opened[0], opened[-1], limits)
+
+    def _below(self, above: Tenant, map_: Map, limits: Limits) -> int:
+        """A descriptor of a new H in G, with its limits written.
+
+        Only a process in G may map it, and only one in H may write its limits: a child joins G, and its child is the
+        first of H.
+        """
+
+        def make(channel: socket.socket) -> None:
+            sys.setns(above.userns, sys.CLONE_NEWUSER)
+            become_root(self._plan.groups)
+            if "user_namespaces" in above.limits:
+                limits_.write_sysctls(above.limits, new=False, overhead=above.users + 1)
+            limits_.set_rlimits(above.limits)  # what binds the sum of the tenant's users
+            sys.prctl(sys.PR_SET_DUMPABLE, 1)  # else /proc/PID/uid_map of the child is not ours (proc(5))
+            mapped, tell = os.pipe2(os.O_CLOEXEC)
+            pid = sys.clone(sys.CLONE_NEWUSER | signal.SIGCHLD)
+            if pid == 0:
+                os.close(tell)
+                status = 1
+                try:
+                    if os.read(mapped, 1) == b"+":
+                        become_root(self._plan.groups)
+                        limits_.write_sysctls(limits, new=True)
+                        status = 0
+                finally:
+                    os._exit(status)
+            userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            write_maps(pid, map_, self._plan.groups)
+            os.write(tell, b"+")
+            if os.waitpid(pid, 0)[1]:
+                raise SandboxError("the limits of the holder could not be written")
+            socket.send_fds(channel, [b"+"], [userns])
+
+        (fd,) = _by_a_child(make, "a user's holder could not be made")
+        return fd
+
+    def _inside(self, userns: int, work: Callable[[], None]) -> None:
+        def do(channel: socket.socket) -> None:
+            sys.setns(userns, sys.CLONE_NEWUSER)
+            become_root(self._plan.groups)
+            work()
+            channel.send(b"+")
+
+        _by_a_child(do, "limits could not be changed")
+
+
+def _by_a_child(work: Callable[[socket.socket], None], what: str) -> list[int]:
+    """Have a child do something for which there is no way back, and take the descriptors that it sends with its `+`.
+
+    Raises `OSError` for what the kernel refused the child, or `SandboxError`.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            work(theirs)
+        except OSError as error:
+            theirs.send(f"E{error.errno} {error.filename}".encode(errors="replace")[:512])
+        except BaseException:
+            theirs.send(f"!{traceback.format_exc(limit=3)}".encode(errors="replace")[:2048])
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        answer, fds, _, _ = socket.recv_fds(ours, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+    os.waitpid(pid, 0)
+    if answer == b"+":
+        return fds
+    if answer.startswith(b"E"):
+        number, _, name = answer[1:].decode(errors="replace").partition(" ")
+        raise OSError(int(number), os.strerror(int(number)), f"{what}: {name}")
+    raise SandboxError(f"{what}: {answer[1:].decode(errors='replace') or 'its maker died'}")
 
 
 def _owner_namespace(ids: Ids, plan: Plan) -> int:
@@ -88,6 +250,14 @@ def new_user_namespace(map_: Map, groups: bool) -> int:
         ours.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def become_root(groups: bool) -> None:
+    """Root of the user namespace that was just entered, with no group of the one that was left."""
+    if groups:
+        os.setgroups([])  # CVE-2018-7169, CVE-2022-2989
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
 
 
 def write_maps(pid: int, map_: Map, groups: bool, proc: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Which host ids a tenant's user and group ids are: maps for user namespaces (user_namespaces(7)).
 
-Names as in docs/architecture.md: S is the server's own user namespace, H the holder of one user below it, T the
-tenant's below H. Ids here are S's ids: in service mode S is the host's initial namespace.
+Names as in docs/architecture.md: S is the server's own user namespace, G the holder of one tenant below it, H that of
+one user below G, T the tenant's below H. Ids here are S's ids, and G's are the same but for its root: in service mode
+S is the host's initial namespace.
 
 Three plans, one interface. Tenants must not share ids with each other, with the server, or with the host's root:
 then a file, a signal or a ptrace that crosses a boundary by mistake still meets a stranger's id.
@@ -40,7 +41,7 @@ class Ids:
     number: int
     """Which block or slice this is, to give it back."""
     holder: Map
-    """H's map, in ids of S."""
+    """H's map, in ids of G."""
     tenant: Map
     """T's map for the image `host`, in ids of H."""
     tenant_unpacked: Map
@@ -55,6 +56,11 @@ class Plan(Protocol):
     """Whether setgroups(2) works: it does not under a map that an unprivileged process wrote."""
     uplink: Map
     """The map of the namespace that slirp4netns runs in, in ids of S."""
+    tenant: Map
+    """G's map, in ids of S: the ids of all users, each as itself, and a root that is no user's and no uplink's."""
+
+    users: int
+    """How many users can have ids of their own at once."""
 
     def allocate(self) -> Ids:
         """Ids that nobody else has. Raises `SandboxError` when none are left."""
@@ -107,7 +113,13 @@ class Blocks:
     def __init__(self, first: int, blocks: int, locks: int) -> None:
         self._first = first
         self._numbers = _Numbers(range(blocks), first, BLOCK, locks, "raise sandbox.id_blocks in the configuration")
-        self.uplink = Map(((0, first + self._numbers.take() * BLOCK, BLOCK),))
+        self.users = blocks - 1
+        base = first + self._numbers.take() * BLOCK
+        root = base + BLOCK - 1
+        self.uplink = Map(((0, base, BLOCK - 1),))
+        after = first + blocks * BLOCK
+        runs = ((0, root, 1), (first, first, root - first), (root + 1, root + 1, after - root - 1))
+        self.tenant = Map(tuple(run for run in runs if run[2]))
 
     def allocate(self) -> Ids:
         number = self._numbers.take()
@@ -139,7 +151,9 @@ class Slices:
         )  # fmt: skip
         for number in self._numbers.all:
             self._numbers.file(number)  # while the caller still is the user: root of S owns no file of the user's
+        self.users = len(self._numbers.all)
         self.uplink = Map(((0, 1, SLICE - 1),))
+        self.tenant = Map(((0, 0, count),))
 
     def allocate(self) -> Ids:
         number = self._numbers.take()
@@ -160,7 +174,8 @@ class Single:
     """
 
     groups = False
-    uplink = Map(((0, 0, 1),))
+    users = 2**31  # they share the one id
+    uplink = tenant = Map(((0, 0, 1),))
 
     def allocate(self) -> Ids:
         only = Map(((0, 0, 1),))

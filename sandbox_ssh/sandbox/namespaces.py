@@ -21,7 +21,8 @@ import traceback
 from dataclasses import dataclass
 
 from sandbox_ssh.sandbox import syscalls as sys
-from sandbox_ssh.sandbox.holder import Holder, write_maps
+from sandbox_ssh.sandbox.holder import Holder, become_root, write_maps
+from sandbox_ssh.sandbox.limits import set_rlimits
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Base, Layout
 
 NAMESPACES = {
@@ -60,9 +61,10 @@ def start(
 ) -> tuple[int, socket.socket]:
     """Fork the builder. Returns its pid and the socket on which sandbox and spawner speak:
 
-    builder:  `P<pid> ` when PID 1 exists and its namespaces are mapped, with descriptors of /dev/pts and of N
+    builder:  `P<pid>` when PID 1 exists and its namespaces are mapped, with descriptors (`Parts`)
     spawner:  `+` when it knows PID 1 and the network is attached
-    PID 1:    closes its end by executing init; the text of an error before that
+    PID 1:    `M` with a descriptor of its procfs, and closes its end by executing init
+    both:     `E<errno> <text>` for an error before that
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Born in its cgroup: what is built is charged to the user too.
@@ -80,15 +82,17 @@ def start(
 
 
 def _report(channel: socket.socket, error: BaseException) -> None:
-    text = f"E{error}" if isinstance(error, OSError) else f"E{traceback.format_exc(limit=3)}"
+    known = isinstance(error, OSError)
+    text = f"E{error.errno if known else 0} {error if known else traceback.format_exc(limit=3)}"  # type: ignore[attr-defined]
     with contextlib.suppress(OSError):
         channel.send(text.encode(errors="replace")[:2048])
 
 
 def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, network: bool) -> None:
-    pts = host.base.build(layout, holder)
+    built = host.base.build(layout, holder)
     sys.setns(holder.userns, sys.CLONE_NEWUSER)
     become_root(host.groups)
+    set_rlimits(holder.limits)  # T keeps those of its maker, for all in it and below
     # PID 1's /proc/PID/uid_map must be openable by this process: see `holder.new_user_namespace`. No code of a
     # tenant runs yet, and none ever sees this pid namespace.
     sys.prctl(sys.PR_SET_DUMPABLE, 1)
@@ -112,7 +116,7 @@ def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, n
         os.kill(pid, signal.SIGKILL)
         raise
     os.write(ready, b"+")
-    socket.send_fds(channel, [f"P{pid} ".encode()], [pts, netns])
+    socket.send_fds(channel, [f"P{pid}".encode()], [built.pts, built.disk, built.notes, netns])
     os._exit(0)
 
 
@@ -131,6 +135,7 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     if channel.recv(1) != b"+":
         return
     _netlink(host.tap_up if network else host.lo_up)
+    socket.send_fds(channel, [b"M"], [os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)])
     reset_signals()
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
@@ -138,14 +143,6 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
         os.dup2(null, fd)
     sys.close_range(3, 0xFFFFFFFF, sys.CLOSE_RANGE_CLOEXEC)
     os.execve(host.init, ["init", "-P"], {})
-
-
-def become_root(groups: bool) -> None:
-    """Root of the user namespace that was just entered, with no group of the one that was left."""
-    if groups:
-        os.setgroups([])  # CVE-2018-7169, CVE-2022-2989
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
 
 
 def die_with_spawner(self_pidfd: int) -> None:

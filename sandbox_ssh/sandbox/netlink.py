@@ -33,6 +33,8 @@ class Messages:
     """In N."""
     tap_up: bytes
     """In N: lo and tap0 up, the address and the route."""
+    tap_counters: bytes
+    """In E: what has crossed slirp4netns's tap."""
 
     def veth_to(self, netns: int) -> bytes:
         return self.veth.replace(struct.pack("=I", _PLACE), struct.pack("=I", netns))
@@ -62,7 +64,7 @@ def encode() -> Messages:
 
 def _encode() -> dict[str, bytes]:
     from pyroute2.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST
-    from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE
+    from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
@@ -116,5 +118,25 @@ def _encode() -> dict[str, bytes]:
             [("IFLA_IFNAME", "veth0"), ("IFLA_MTU", MTU), ("IFLA_MASTER", BRIDGE), ("IFLA_LINKINFO", {"attrs": pair})],
         ),
         "lo_up": lo_up,
+        "tap_counters": message(ifinfmsg, RTM_GETLINK, NLM_F_REQUEST, [("IFLA_IFNAME", "tap0")]),
         "tap_up": lo_up + link(change, [], index=TAP_IN_SANDBOX) + address + route,
     }
+
+
+_IFLA_STATS64 = 23
+
+
+def parse_counters(reply: bytes) -> tuple[int, int]:
+    """(bytes that came in, bytes that went out) of the reply to `tap_counters`, from the sandbox's side.
+
+    Header of 16 bytes, struct ifinfomsg of 16, attributes; struct rtnl_link_stats64 begins with packets in and out,
+    then bytes in and out (linux/if_link.h). What slirp4netns writes into its tap comes in.
+    """
+    position = 32
+    while position + 4 <= len(reply):
+        length, kind = struct.unpack_from("=HH", reply, position)
+        if kind == _IFLA_STATS64:
+            _, _, received, sent = struct.unpack_from("=4Q", reply, position + 4)
+            return received, sent
+        position += max(4, (length + 3) & ~3)
+    return 0, 0

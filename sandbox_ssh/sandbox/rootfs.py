@@ -85,6 +85,13 @@ _ETC = {
     "fstab": "",
     "motd": "",
 }
+_WRITABLE = (("tmp", 0o1777, "/tmp"), ("shm", 0o1777, "/dev/shm"), ("run", 0o755, "/run"))
+NOTES = "/run/sandbox-ssh/quota"
+_QUOTA_COMMAND = f"""\
+#!/bin/sh
+# quota: what you may use, what is in use, and how much time is left. The server keeps this file up to date.
+exec cat {NOTES}
+"""
 _DIRECTORIES = (
     ("etc", 0o755), ("home", 0o755), ("media", 0o755), ("mnt", 0o755), ("opt", 0o755), ("srv", 0o755),
     ("root", 0o700), ("usr", 0o755), ("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755),
@@ -99,11 +106,24 @@ class Layout:
 
     image: str
     hostname: str
-    disk_bytes: int
-    disk_inodes: int
-    tmp_bytes: int
-    shm_bytes: int
+    disk: int
+    """Of all that is written, /tmp, /run and /dev/shm included; -1: as much as there is memory."""
+    inodes: int
     ptys: int
+    notes: str
+    """What /run/sandbox-ssh/quota says at first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Descriptors of a sandbox's file systems, opened before anything of the tenant's could be mounted over them."""
+
+    pts: int
+    """/dev/pts: PTYs are opened through it, never through a path (CVE-2025-52565)."""
+    disk: int
+    """The tmpfs that all is written to."""
+    notes: int
+    """The file /run/sandbox-ssh/quota, which the tenant sees read-only."""
 
 
 class Base:
@@ -189,23 +209,22 @@ class Base:
             return False
         return True
 
-    def build(self, layout: Layout, holder: Holder) -> int:
+    def build(self, layout: Layout, holder: Holder) -> Built:
         """Make the sandbox's root the root of the calling process, in a mount namespace of its own.
 
-        Returns a descriptor of its /dev/pts: PTYs are opened through it, never through a path that a tenant can
-        mount over (CVE-2025-52565). Raises `OSError` for the step that failed.
+        Raises `OSError` for the step that failed.
         """
         unpacked = layout.image != HOST_IMAGE
         root = holder.ids.root_unpacked if unpacked else holder.ids.root
         sys.unshare(sys.CLONE_NEWNS)
-        # The upper: one tmpfs for all that the tenant writes outside of /tmp and /dev/shm; its size is the quota.
         shared = [
             (sys.open_tree(sys.AT_FDCWD, name, sys.OPEN_TREE_CLONE | recursive), target)
             for name, target, recursive in (("dev", "/dev", sys.AT_RECURSIVE), ("proc", "/proc", 0), ("sys", "/sys", 0))
         ]
+        # One tmpfs for all that the tenant writes; its size is the quota, and 0 stands for none (tmpfs(5)).
         sys.mount(
             "tmpfs", "upper", "tmpfs", _TMPFS & ~sys.MS_NOSUID,
-            f"mode=0755,size={layout.disk_bytes},nr_inodes={layout.disk_inodes}",
+            f"mode=0755,size={max(0, layout.disk)},nr_inodes={max(0, layout.inodes)}",
         )  # fmt: skip
         if unpacked:
             layers = [(f"images/{layout.image}/rootfs", "", "root")]
@@ -215,6 +234,8 @@ class Base:
         os.chdir("upper")
         for name in ("root", "lower", "upper", "work", "usr-lower", "usr-upper", "usr-work"):
             os.mkdir(name, 0o755)
+        disk = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        written = [(self._writable(name, mode, root), target) for name, mode, target in _WRITABLE]
         for tree, (lower, prefix, target) in zip(lowers, layers, strict=True):
             # An ordinary user's unpacked image has the owners of the one range that all such sandboxes share.
             mapped = self._map_owners(tree, holder) if self._privileged or not unpacked else True
@@ -245,26 +266,28 @@ class Base:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, mode)
                 os.chown(name, root, root)
-        for tree, target in shared:
+        for tree, target in (*shared, *written):
             sys.move_mount(tree, target)
             os.close(tree)
         tty = root + 5 if holder.ids.holder.extents[0][2] > 1 else root
         sys.mount(
             "devpts", "/dev/pts", "devpts", sys.MS_NOSUID | sys.MS_NOEXEC,
-            f"newinstance,ptmxmode=0666,mode=0620,gid={tty},max={layout.ptys}",
+            f"newinstance,ptmxmode=0666,mode=0620,gid={tty}{f',max={layout.ptys}' if layout.ptys >= 0 else ''}",
         )  # fmt: skip
-        owner = f"uid={root},gid={root}"
-        sys.mount("tmpfs", "/dev/shm", "tmpfs", _TMPFS, f"mode=1777,{owner},size={layout.shm_bytes}")
-        sys.mount(
-            "tmpfs",
-            "/tmp",
-            "tmpfs",
-            _TMPFS,
-            f"mode=1777,{owner},size={layout.tmp_bytes},nr_inodes={layout.disk_inodes}",
-        )
-        sys.mount("tmpfs", "/run", "tmpfs", _TMPFS, f"mode=0755,{owner},size=16m,nr_inodes=4096")
         _write_names(layout.hostname, root)
-        return os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return Built(
+            os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), disk, _post_notes(layout.notes, root)
+        )
+
+    @staticmethod
+    def _writable(name: str, mode: int, root: int) -> int:
+        """A directory of the tenant's on its one disk, as a detached mount without setuid programs."""
+        os.mkdir(name)
+        os.chmod(name, mode)
+        os.chown(name, root, root)
+        tree = sys.open_tree(sys.AT_FDCWD, name, sys.OPEN_TREE_CLONE)
+        sys.mount_setattr(tree, set_flags=sys.MOUNT_ATTR_NOSUID | sys.MOUNT_ATTR_NODEV)
+        return tree
 
     def _map_owners(self, tree: int, holder: Holder) -> bool:
         """Make the owners of a detached mount the tenant's, where its file system can do that (mount_setattr(2)).
@@ -340,6 +363,43 @@ def _copy_public(source: Path, target: Path) -> None:
 def _public(path: Path) -> bool:
     mode = path.lstat().st_mode
     return (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and bool(mode & stat.S_IROTH)
+
+
+def _post_notes(text: str, root: int) -> int:
+    """Put up /run/sandbox-ssh/quota and the command that shows it; returns the descriptor to write the file by.
+
+    A file system of its own: full disks do not stop it, and read-only from the tenant's side only.
+    """
+    directory = os.path.dirname(NOTES)
+    os.mkdir(directory, 0o755)
+    os.chown(directory, root, root)
+    sys.mount("tmpfs", directory, "tmpfs", _TMPFS | sys.MS_NOEXEC, "mode=0755,size=64k,nr_inodes=4")
+    notes = os.open(NOTES, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+    write_notes(notes, text)
+    # Another mount of it: what is open for writing keeps its own from becoming read-only.
+    shown = sys.open_tree(sys.AT_FDCWD, directory, sys.OPEN_TREE_CLONE)
+    sys.umount(directory, sys.MNT_DETACH)
+    sys.mount_setattr(shown, set_flags=sys.MOUNT_ATTR_RDONLY)
+    sys.move_mount(shown, directory)
+    os.close(shown)
+    _write_command("/usr/local/bin", "quota", _QUOTA_COMMAND, root)
+    return notes
+
+
+def write_notes(fd: int, text: str) -> None:
+    """One write, so that a reader sees the old text or the new one; then what was longer before is cut off."""
+    data = text.encode()
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))
+
+
+def _write_command(directory: str, name: str, text: str, root: int) -> None:
+    """A program for the tenant, unless the image has one of that name there, or no such directory."""
+    with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError):
+        fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
+        os.fchown(fd, root, root)
+        os.write(fd, text.encode())
+        os.close(fd)
 
 
 def _write_names(hostname: str, root: int) -> None:

@@ -30,10 +30,10 @@ from typing import Any
 
 from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import netlink, syscalls
-from sandbox_ssh.sandbox.holder import new_user_namespace
+from sandbox_ssh.sandbox.holder import become_root, new_user_namespace
 from sandbox_ssh.sandbox.idmap import Plan
 from sandbox_ssh.sandbox.loop import Future, Loop
-from sandbox_ssh.sandbox.namespaces import become_root, die_with_spawner, netlink_request
+from sandbox_ssh.sandbox.namespaces import die_with_spawner, netlink_request
 
 # Never the way out, whatever the host's own addresses are: this network, private use, shared, loopback, link-local
 # and cloud metadata, IETF protocol assignments, documentation, 6to4 relays, benchmarking, multicast, reserved,
@@ -75,6 +75,7 @@ table bridge egress {{
 }}
 """
 _READY_TIMEOUT = 10.0
+_COUNTED_WITHIN = 2.0
 _OPEN_FILES = 4096  # connections of one sandbox, roughly: slirp4netns holds a socket for each
 
 
@@ -121,8 +122,22 @@ class Keeper:
         message = json.loads(data)
         if message["type"] == "attach":
             self._loop.start(self._attach(message["sandbox"], fds[0]))
+        elif message["type"] == "count":
+            self._say(type="counted", sandbox=message["sandbox"], **self._count(message["sandbox"]))
         else:
+            counted = self._count(message["sandbox"])
             self._release(message["sandbox"])
+            self._say(type="released", sandbox=message["sandbox"], **counted)
+
+    def _count(self, sandbox: str) -> dict[str, int]:
+        """Bytes that have crossed the sandbox's tap: zeros where it has none, or none any more."""
+        uplink = self._used.get(sandbox)
+        if uplink is not None:
+            with contextlib.suppress(OSError):
+                uplink.link.send(self._messages.tap_counters)
+                received, sent = netlink.parse_counters(uplink.link.recv(65536))
+                return {"received": received, "sent": sent}
+        return {"received": 0, "sent": 0}
 
     def _say(self, **message: Any) -> None:
         with contextlib.suppress(OSError):
@@ -388,8 +403,10 @@ class UplinkClient:
     """The spawner's side of the keeper."""
 
     def __init__(self, loop: Loop, channel: socket.socket, on_died: Any, on_lost: Any) -> None:
+        self._loop = loop
         self._channel = channel
         self._waiting: dict[str, Future[None]] = {}
+        self._counting: dict[str, Future[tuple[int, int]]] = {}
         self._on_died = on_died
         self._on_lost = on_lost
         loop.add_reader(channel.fileno(), self._receive)
@@ -401,12 +418,32 @@ class UplinkClient:
         self._send([netns], type="attach", sandbox=sandbox)
         return future
 
-    def release(self, sandbox: str) -> None:
-        """Throw the sandbox's uplink away, or forget that one was asked for. Harmless when it has none."""
+    async def count(self, sandbox: str) -> tuple[int, int]:
+        """Bytes that have come in and gone out through the sandbox's tap."""
+        return await self._counted(sandbox, "count")
+
+    async def release(self, sandbox: str) -> tuple[int, int]:
+        """Throw the sandbox's uplink away, or forget that one was asked for; what it has counted."""
         future = self._waiting.pop(sandbox, None)
         if future is not None:
             future.fail(SandboxError("the sandbox has ended"))
-        self._send([], type="release", sandbox=sandbox)
+        return await self._counted(sandbox, "release")
+
+    async def _counted(self, sandbox: str, what: str) -> tuple[int, int]:
+        # Replies come in the order of the questions; who asks for the same at once is answered by the first.
+        before = self._counting.get(sandbox)
+        future: Future[tuple[int, int]] = Future()
+        self._counting[sandbox] = future
+        if before is not None:
+            before.set((0, 0))
+        timer = self._loop.call_later(_COUNTED_WITHIN, lambda: future.set((0, 0)))
+        self._send([], type=what, sandbox=sandbox)
+        try:
+            return await future
+        finally:
+            self._loop.cancel(timer)
+            if self._counting.get(sandbox) is future:
+                del self._counting[sandbox]
 
     def _send(self, fds: list[int], **message: Any) -> None:
         try:
@@ -425,6 +462,11 @@ class UplinkClient:
         message = json.loads(data)
         if message["type"] == "died":
             self._on_died(message["sandbox"])
+            return
+        if message["type"] in ("counted", "released"):
+            counted = self._counting.get(message["sandbox"])
+            if counted is not None:
+                counted.set((message["received"], message["sent"]))
             return
         future = self._waiting.pop(message["sandbox"], None)
         if future is None:

@@ -24,7 +24,7 @@ import subprocess
 import sys
 
 from sandbox_ssh.errors import SandboxError
-from sandbox_ssh.sandbox import cgroup, idmap, namespaces, netlink, rootfs, syscalls, uplink
+from sandbox_ssh.sandbox import cgroup, holder, idmap, namespaces, netlink, rootfs, syscalls, uplink
 from sandbox_ssh.sandbox.loop import Loop
 from sandbox_ssh.spawner.server import Spawner
 
@@ -109,7 +109,7 @@ def enter_user_namespace(locks: int) -> idmap.Plan:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
         plan = idmap.Single()
-    namespaces.become_root(plan.groups)
+    holder.become_root(plan.groups)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     return plan
 

@@ -101,7 +101,27 @@ def _pty(value: Any) -> bool:
     )
 
 
-_size = _integer(0, 2**50)
+_amount = _integer(-1, 2**62)  # -1: unlimited
+
+
+def _limits(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= LIMITS
+        and all(_integer(0, 2**62)(number) for number in value.values())
+    )
+
+
+LIMITS = frozenset({
+    *(f"{kind}_namespaces" for kind in ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup", "time")),
+    "inotify_instances", "inotify_watches", "fanotify_groups", "fanotify_marks",
+    "processes", "locked_memory", "message_queues", "pending_signals",
+    "memory", "cpu", "cpu_weight",
+})  # fmt: skip
+"""What the kernel can hold for all sandboxes of a user or a tenant: bytes, counts, and thousandths of a core."""
+
+_number = _integer(1, 2**62)
+_notes = _text(8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +132,37 @@ class Create:
     """A name that the gateway chooses, unique on its connection's node while the sandbox lives."""
     user: int
     """The user's number in the database: sandboxes of one number share a holder and its host ids."""
+    user_limits: dict[str, int]
+    """Of all the user's sandboxes together; what is not there is not limited."""
+    tenant: int
+    tenant_limits: dict[str, int]
     image: str
     hostname: str
     network: str
     """`uplink` or `none`."""
-    disk_bytes: int
-    disk_inodes: int
-    tmp_bytes: int
-    shm_bytes: int
+    disk: int
+    """Bytes; -1 here and below: unlimited."""
+    inodes: int
     ptys: int
+    open_files: int
+    notes: str
+    """What `quota` shows inside, until a `note` says otherwise."""
 
     type: ClassVar[str] = "create"
     checks: ClassVar[dict[str, Check]] = {
         "sandbox": _matches(_NAME),
-        "user": _integer(1, 2**62),
+        "user": _number,
+        "user_limits": _limits,
+        "tenant": _number,
+        "tenant_limits": _limits,
         "image": _matches(_NAME),
         "hostname": _matches(_HOSTNAME),
         "network": _one_of("uplink", "none"),
-        "disk_bytes": _size,
-        "disk_inodes": _size,
-        "tmp_bytes": _size,
-        "shm_bytes": _size,
-        "ptys": _integer(0, 4096),
+        "disk": _amount,
+        "inodes": _amount,
+        "ptys": _integer(-1, 4096),
+        "open_files": _amount,
+        "notes": _notes,
     }
 
 
@@ -188,9 +217,57 @@ class Destroy:
     checks: ClassVar[dict[str, Check]] = {"sandbox": _matches(_NAME)}
 
 
-Request = Create | Spawn | Signal | Destroy
-REQUESTS: dict[str, type[Create] | type[Spawn] | type[Signal] | type[Destroy]] = {
-    kind.type: kind for kind in (Create, Spawn, Signal, Destroy)
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Change the limits of a user and a tenant with live sandboxes. Reply: empty, also when none are live."""
+
+    user: int
+    user_limits: dict[str, int]
+    tenant: int
+    tenant_limits: dict[str, int]
+
+    type: ClassVar[str] = "limit"
+    checks: ClassVar[dict[str, Check]] = {
+        "user": _number,
+        "user_limits": _limits,
+        "tenant": _number,
+        "tenant_limits": _limits,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Change what `quota` shows inside. Reply: empty."""
+
+    sandbox: str
+    text: str
+
+    type: ClassVar[str] = "note"
+    checks: ClassVar[dict[str, Check]] = {"sandbox": _matches(_NAME), "text": _notes}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a sandbox uses. Reply: the fields of `sandbox.usage.Usage`, and `network_in` and `network_out` in bytes."""
+
+    sandbox: str
+
+    type: ClassVar[str] = "measure"
+    checks: ClassVar[dict[str, Check]] = {"sandbox": _matches(_NAME)}
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the host has. Reply: `sandboxes` that it can carry, `bound` (what bounds them), and `limits`: quota ->
+    the most that the host could keep."""
+
+    type: ClassVar[str] = "capacity"
+    checks: ClassVar[dict[str, Check]] = {}
+
+
+Request = Create | Spawn | Signal | Destroy | Limit | Note | Measure | Capacity
+REQUESTS: dict[str, type[Request]] = {
+    kind.type: kind for kind in (Create, Spawn, Signal, Destroy, Limit, Note, Measure, Capacity)
 }
 
 _request_number = _integer(0, 2**53)

@@ -17,24 +17,28 @@ import signal
 import socket
 import sys as _sys
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sandbox_ssh.errors import ProtocolError, SandboxError
-from sandbox_ssh.sandbox import cgroup, holder, namespaces, process
-from sandbox_ssh.sandbox.holder import Holder
+from sandbox_ssh.sandbox import cgroup, namespaces, process
+from sandbox_ssh.sandbox.holder import Holder, Holders
 from sandbox_ssh.sandbox.idmap import Plan
 from sandbox_ssh.sandbox.loop import Future, Loop
 from sandbox_ssh.sandbox.namespaces import NAMESPACES
-from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Layout
+from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Layout, write_notes
 from sandbox_ssh.sandbox.uplink import UplinkClient
+from sandbox_ssh.sandbox.usage import Usage, measure
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.spawner.protocol import Create, Destroy, Request, Signal, Spawn
+from sandbox_ssh.spawner.protocol import Capacity, Create, Destroy, Limit, Measure, Note, Request, Signal, Spawn
 
 CREATE_TIMEOUT = 20.0
 MAX_CHANNELS = 64  # of one sandbox at a time
 MAX_SANDBOXES = 4096  # of one connection: no host carries more, and a gateway that was taken over is to stop somewhere
 MAX_UNSENT = 1000  # messages that a connection has not read: then it is hung or hostile
+# The kernel frees namespaces some time after their last process: at a limit, the one before may still be counted.
+AGAIN = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 Message = dict[str, Any]
 
@@ -46,7 +50,8 @@ class Sandbox:
     holder: Holder
     image: str
     network: bool
-    cgroup: int | None
+    cgroup: cgroup.Leaf | None
+    open_files: int
     builder: int = 0
     channel: socket.socket | None = None
     """To the builder and to PID 1, until that has executed."""
@@ -54,17 +59,49 @@ class Sandbox:
     """PID 1's pid, here; 0 before it exists and after it has died."""
     pidfd: int = -1
     pts: int = -1
+    disk: int = -1
+    notes: int = -1
+    proc: int = -1
     state: str = "starting"  # -> running -> ending
     reason: str = "destroyed"
     channels: dict[int, int] = field(default_factory=dict)
     """Channel number -> pid."""
     cpu_seconds: float = 0.0
+    """Of processes that have been waited for."""
     memory_peak: int = 0
+    network_in: int = 0
+    network_out: int = 0
+    last: Usage = field(default_factory=Usage)
+    leaving: bool = False
+    told: bool = True
+    """Whether its end is to be told of: not, where the request for it was answered with an error."""
     gone: Future[None] = field(default_factory=Future)
 
     def add(self, usage: resource.struct_rusage) -> None:
         self.cpu_seconds += usage.ru_utime + usage.ru_stime
         self.memory_peak = max(self.memory_peak, usage.ru_maxrss * 1024)
+
+    def add_network(self, counted: tuple[int, int]) -> None:
+        self.network_in = max(self.network_in, counted[0])
+        self.network_out = max(self.network_out, counted[1])
+
+    def measure(self) -> Message:
+        """What it uses; once its PID 1 is gone, what it has used in all."""
+        used = measure(self.cgroup, self.proc, self.disk, self.pts)
+        if self.cgroup is None:
+            # Time is of the living, and of those whose parent is the spawner; a child's goes to who waits for it.
+            used.cpu_seconds += self.cpu_seconds
+            used.memory_peak_bytes = max(self.memory_peak, used.memory_bytes)
+        used.cpu_seconds = max(used.cpu_seconds, self.last.cpu_seconds)
+        used.memory_peak_bytes = max(used.memory_peak_bytes or self.memory_peak, self.last.memory_peak_bytes)
+        self.last = used
+        return {**asdict(used), "network_in": self.network_in, "network_out": self.network_out}
+
+    def close(self) -> None:
+        for fd in (self.pidfd, self.pts, self.disk, self.notes, self.proc):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.pts = self.disk = self.notes = self.proc = -1
 
 
 class Refusal(Exception):
@@ -188,9 +225,9 @@ class Spawner:
         self._listener = listener
         self._host = host
         self._plan = plan
+        self._holders = Holders(plan)
         self._cgroups = cgroups
         self._gateway_uid = gateway_uid
-        self._holders: dict[int, Holder] = {}
         self._names: dict[str, Sandbox] = {}
         self._uplinks = UplinkClient(loop, keeper, self._uplink_died, self._keeper_lost)
         listener.setblocking(False)
@@ -232,6 +269,18 @@ class Spawner:
             case Destroy():
                 self.end(self._own(connection, request.sandbox), "destroyed")
                 return {}, None
+            case Limit():
+                self._limit(request)
+                return {}, None
+            case Note():
+                sandbox = self._own(connection, request.sandbox)
+                if sandbox.notes >= 0:
+                    write_notes(sandbox.notes, request.text)
+                return {}, None
+            case Measure():
+                return await self._measure(self._own(connection, request.sandbox)), None
+            case Capacity():
+                return {"users": self._plan.users, "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1]}, None
 
     def _own(self, connection: Connection, name: str) -> Sandbox:
         sandbox = connection.sandboxes.get(name)
@@ -246,43 +295,64 @@ class Spawner:
             raise Refusal("limit", f"a gateway has at most {MAX_SANDBOXES} sandboxes at a time")
         if request.image != HOST_IMAGE and not self._host.base.has_image(request.image):
             raise Refusal("unknown", f"there is no image {request.image}: see `sandbox-ssh image list`")
-        held = self._hold(request.user)
-        try:
-            leaf = self._cgroups.create(request.sandbox)
-        except OSError:
-            self._let_go(held)
-            raise
-        sandbox = Sandbox(request.sandbox, connection, held, request.image, request.network == "uplink", leaf)
-        self._names[sandbox.name] = connection.sandboxes[sandbox.name] = sandbox
-        timer = self.loop.call_later(CREATE_TIMEOUT, lambda: self.end(sandbox, "destroyed"))
-        try:
-            await self._start(sandbox, request)
-            inodes = {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES}
-        except BaseException:
-            self.end(sandbox, "destroyed")
-            raise
-        finally:
-            self.loop.cancel(timer)
+        sandbox = await self._again(lambda: self._make(connection, request))
+        inodes = {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES}
         if sandbox.state != "starting":
             raise Refusal("ended", "the sandbox ended while it was being made")
         sandbox.state = "running"
         return {"init_pid": sandbox.init, "namespaces": inodes}
 
-    async def _start(self, sandbox: Sandbox, request: Create) -> None:
-        layout = Layout(
-            request.image, request.hostname, request.disk_bytes, request.disk_inodes, request.tmp_bytes,
-            request.shm_bytes, request.ptys,
-        )  # fmt: skip
-        sandbox.builder, channel = namespaces.start(
-            self._host, layout, sandbox.holder, network=sandbox.network, cgroup=sandbox.cgroup
+    async def _again(self, make: Callable[[], Coroutine[Any, Any, Sandbox]]) -> Sandbox:
+        """Try once more, for a moment, what a limit forbids."""
+        for pause in AGAIN:
+            try:
+                return await make()
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            await self.loop.sleep(pause)
+        return await make()
+
+    async def _make(self, connection: Connection, request: Create) -> Sandbox:
+        if request.sandbox in self._names or not connection.open:  # also: the one before has not gone yet
+            raise Refusal("exists", f"a sandbox {request.sandbox} is live")
+        held = self._hold(request)
+        try:
+            leaf = self._cgroups.create(
+                request.tenant, request.tenant_limits, request.user, request.user_limits, request.sandbox
+            )
+        except OSError:
+            self._holders.let_go(held)
+            raise
+        sandbox = Sandbox(
+            request.sandbox, connection, held, request.image, request.network == "uplink", leaf, request.open_files
         )
+        self._names[sandbox.name] = connection.sandboxes[sandbox.name] = sandbox
+        timer = self.loop.call_later(CREATE_TIMEOUT, lambda: self.end(sandbox, "destroyed"))
+        try:
+            await self._start(sandbox, request)
+        except BaseException:
+            sandbox.told = False
+            self.end(sandbox, "destroyed")
+            await sandbox.gone
+            raise
+        finally:
+            self.loop.cancel(timer)
+        return sandbox
+
+    async def _start(self, sandbox: Sandbox, request: Create) -> None:
+        layout = Layout(request.image, request.hostname, request.disk, request.inodes, request.ptys, request.notes)
+        sandbox.builder, channel = namespaces.start(
+            self._host, layout, sandbox.holder, network=sandbox.network,
+            cgroup=sandbox.cgroup.directory if sandbox.cgroup else None,
+        )  # fmt: skip
         sandbox.channel = channel
         self.loop.on_exit(sandbox.builder, lambda status, usage: self._builder_exited(sandbox, status, usage))
         with channel:
             text, fds = await self._hear(channel)
             if not text.startswith("P"):
                 raise _failure(text)
-            sandbox.pts, netns = fds
+            sandbox.pts, sandbox.disk, sandbox.notes, netns = fds
             try:
                 self._adopt_init(sandbox, int(text[1:]))
                 if sandbox.network:
@@ -290,9 +360,22 @@ class Spawner:
             finally:
                 os.close(netns)
             channel.send(b"+")
+            text, fds = await self._hear(channel)
+            if text != "M":
+                raise _failure(text)
+            (sandbox.proc,) = fds
             text, _ = await self._hear(channel)
             if text:
                 raise _failure(text)
+
+    async def _measure(self, sandbox: Sandbox) -> Message:
+        if sandbox.network and sandbox.state == "running":
+            sandbox.add_network(await self._uplinks.count(sandbox.name))
+        return sandbox.measure()
+
+    def _limit(self, request: Limit) -> None:
+        self._holders.limit(request.user, request.tenant, request.user_limits, request.tenant_limits)
+        self._cgroups.limit(request.tenant, request.tenant_limits, request.user, request.user_limits)
 
     def _adopt_init(self, sandbox: Sandbox, pid: int) -> None:
         sandbox.init = pid
@@ -307,7 +390,7 @@ class Spawner:
     async def _hear(self, channel: socket.socket) -> tuple[str, list[int]]:
         """One message of the builder or of PID 1; empty when it has executed, or died, which its exit tells."""
         await self.loop.readable(channel.fileno(), CREATE_TIMEOUT)
-        data, fds, _, _ = socket.recv_fds(channel, 4096, 2, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(channel, 4096, 4, socket.MSG_CMSG_CLOEXEC)
         return data.decode(errors="replace"), fds
 
     async def _spawn(self, connection: Connection, request: Spawn) -> tuple[Message, process.Streams]:
@@ -321,7 +404,8 @@ class Spawner:
         ids = sandbox.holder.ids
         target = process.Target(
             sandbox.pidfd, sandbox.pts, ids.root if sandbox.image == HOST_IMAGE else ids.root_unpacked,
-            self._host.groups, sandbox.cgroup,
+            self._host.groups, sandbox.cgroup.directory if sandbox.cgroup else None, sandbox.holder.limits,
+            sandbox.open_files,
         )  # fmt: skip
         streams = process.Streams(target, request.pty)
         try:
@@ -388,7 +472,7 @@ class Spawner:
             if pid:
                 os.kill(pid, signal.SIGKILL)
         if not sandbox.init and not sandbox.builder:
-            self._gone(sandbox)
+            self.loop.start(self._gone(sandbox))
 
     def _builder_exited(self, sandbox: Sandbox, status: int, usage: resource.struct_rusage) -> None:
         sandbox.builder = 0
@@ -398,83 +482,73 @@ class Spawner:
             with contextlib.suppress(OSError):
                 sandbox.channel.shutdown(socket.SHUT_RDWR)
         if sandbox.state == "ending" and not sandbox.init:
-            self._gone(sandbox)
+            self.loop.start(self._gone(sandbox))
 
     def _init_exited(self, sandbox: Sandbox, usage: resource.struct_rusage) -> None:
         """The kernel has killed and freed everything in the pid namespace before its PID 1 could be waited for."""
         sandbox.init = 0
         sandbox.add(usage)
         if sandbox.state != "ending":
-            sandbox.state, sandbox.reason = "ending", "init-died"
+            out_of_memory = sandbox.cgroup is not None and sandbox.cgroup.number("memory.events", "oom_kill")
+            sandbox.state, sandbox.reason = "ending", "out-of-memory" if out_of_memory else "init-died"
         if not sandbox.builder:
-            self._gone(sandbox)
+            self.loop.start(self._gone(sandbox))
 
-    def _gone(self, sandbox: Sandbox) -> None:
-        for fd in (sandbox.pidfd, sandbox.pts):
-            if fd >= 0:
-                os.close(fd)
-        sandbox.pidfd = sandbox.pts = -1
-        if self._names.get(sandbox.name) is not sandbox:
+    async def _gone(self, sandbox: Sandbox) -> None:
+        if self._names.get(sandbox.name) is not sandbox or sandbox.leaving:
             return  # its builder was killed, and what it said of PID 1 was read after that
+        sandbox.leaving = True
         if sandbox.network:
-            self._uplinks.release(sandbox.name)
-        measured = cgroup.usage(sandbox.cgroup)
-        self.loop.start(self._remove_cgroup(sandbox.name, sandbox.cgroup))
-        self._let_go(sandbox.holder)
+            sandbox.add_network(await self._uplinks.release(sandbox.name))
+        used = sandbox.measure()
+        sandbox.close()
+        self.loop.start(self._remove_cgroup(sandbox.cgroup))
+        self._holders.let_go(sandbox.holder)
         del self._names[sandbox.name]
         sandbox.connection.sandboxes.pop(sandbox.name, None)
-        sandbox.connection.send({
-            "event": "ended",
-            "sandbox": sandbox.name,
-            "reason": sandbox.reason,
-            "cpu_seconds": measured.cpu_seconds if measured else round(sandbox.cpu_seconds, 6),
-            "memory_peak_bytes": (measured.memory_peak_bytes if measured else 0) or sandbox.memory_peak,
-        })  # fmt: skip
+        if sandbox.told:
+            sandbox.connection.send({"event": "ended", "sandbox": sandbox.name, "reason": sandbox.reason, **used})
+        sandbox.gone.set(None)
 
-    async def _remove_cgroup(self, name: str, directory: int | None) -> None:
+    async def _remove_cgroup(self, leaf: cgroup.Leaf | None) -> None:
         for _ in range(50):
-            if self._cgroups.remove(name, directory):
+            if self._cgroups.remove(leaf):
                 break
             await self.loop.sleep(0.05)
-        if directory is not None:
-            os.close(directory)
+        if leaf is not None:
+            os.close(leaf.directory)
 
-    # --- holders
-
-    def _hold(self, user: int) -> Holder:
-        held = self._holders.get(user)
-        if held is None:
-            try:
-                held = holder.create(user, self._plan)
-            except SandboxError as error:
-                raise Refusal("limit", str(error)) from error
-            self._holders[user] = held
-        held.sandboxes += 1
-        return held
-
-    def _let_go(self, held: Holder) -> None:
-        held.sandboxes -= 1
-        if not held.sandboxes:
-            del self._holders[held.user]
-            held.close()
-            self._plan.release(held.ids)
+    def _hold(self, request: Create) -> Holder:
+        try:
+            return self._holders.hold(request.user, request.tenant, request.user_limits, request.tenant_limits)
+        except SandboxError as error:
+            raise Refusal("limit", str(error)) from error
 
 
-def _failure(text: str) -> SandboxError:
-    return SandboxError(f"the sandbox could not be made: {text[1:] or 'its builder died'}")
+def _failure(text: str) -> OSError | SandboxError:
+    """What builder or PID 1 said, `E<errno> <text>`, as the error that it was."""
+    number, _, what = text[1:].partition(" ")
+    if text.startswith("E") and number.isdecimal() and int(number):
+        return OSError(int(number), os.strerror(int(number)), what)
+    return SandboxError(f"the sandbox could not be made: {what or text or 'its builder died'}")
 
 
 def _code(error: Exception) -> str:
     return (
         "limit"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.EAGAIN)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE, errno.EAGAIN, errno.EUSERS)
         else "failed"
     )
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"a limit of the host is reached ({error.filename}): see `sandbox-ssh doctor` and /proc/sys/user"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EUSERS):
+        return (
+            f"a limit on namespaces is reached ({error.filename}): your user's or your tenant's quota, "
+            "see `quota` in a session, or the host's, see `sandbox-ssh doctor`"
+        )
+    if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+        return f"a limit on processes is reached ({error.filename}): your user's or your tenant's quota, or the host's"
     if isinstance(error, TimeoutError):
         return f"the sandbox was not ready within {CREATE_TIMEOUT:.0f} s"
     return str(error)

@@ -6,16 +6,17 @@ when the user is removed. Migrations are in `migrations/`; a test holds that bot
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, MetaData, UniqueConstraint, text
+from sqlalchemy import BigInteger, CheckConstraint, Date, ForeignKey, Index, MetaData, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from sandbox_ssh.quotas import QUOTAS
 from sandbox_ssh.store.columns import BigId, CleanText, Document, Timestamp, now
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The revision that these models belong to, so that a server can check it without loading Alembic."""
 
 DEFAULT_TENANT = "default"
@@ -61,6 +62,7 @@ class Model(DeclarativeBase):
         str: CleanText(),
         int: BigId,
         datetime: Timestamp(),
+        date: Date(),
         dict[str, Any]: Document(),
         dict[str, int]: Document(),
     }
@@ -115,6 +117,31 @@ class Node(Model):
     mode: Mapped[str]
     version: Mapped[str]
     started_at: Mapped[datetime]
+    capacity: Mapped[dict[str, Any] | None]
+    """`sandboxes`, `bound`, `users` and `limits`, as `sandbox_ssh.capacity` has them; None until it is known."""
+
+
+class Quotas(Model):
+    """What is set for a tenant, a user, or (with neither) for all; NULL inherits. Removed rows would hide a change."""
+
+    __tablename__ = "quotas"
+    __table_args__ = (
+        CheckConstraint("tenant_id IS NULL OR user_id IS NULL", name="owner"),
+        UniqueConstraint("tenant_id"),
+        UniqueConstraint("user_id"),
+        Index(None, "changed_at"),
+    )
+
+    tenant_id: Mapped[int | None] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    changed_at: Mapped[datetime] = mapped_column(default=now)
+
+
+for _key in QUOTAS:
+    setattr(Quotas, _key, mapped_column(_key, BigInteger, nullable=True))
+
+
+_OPEN = text("ended_at IS NULL")
 
 
 class Session(Model):
@@ -136,11 +163,18 @@ class Session(Model):
         Index(None, "client_address", "started_at"),
         Index(None, "node", "started_at"),
         Index(None, "state", "started_at"),
+        # For admission: logins of the last hour, and live sessions, whatever the number of past ones.
+        Index(None, "user_id", "started_at"),
+        Index(None, "tenant_id", "started_at"),
+        *(
+            Index(f"ix_sessions_live_{column}", column, sqlite_where=_OPEN, postgresql_where=_OPEN)
+            for column in ("user_id", "tenant_id", "node")
+        ),
     )
 
-    tenant_id: Mapped[int | None] = mapped_column(ForeignKey("tenants.id", ondelete="SET NULL"), index=True)
+    tenant_id: Mapped[int | None] = mapped_column(ForeignKey("tenants.id", ondelete="SET NULL"))
     tenant_name: Mapped[str]
-    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", ondelete="SET NULL"), index=True)
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", ondelete="SET NULL"))
     user_name: Mapped[str]
     node: Mapped[str] = mapped_column(ForeignKey("nodes.name"))
     worker: Mapped[int]
@@ -157,8 +191,19 @@ class Session(Model):
     exit_status: Mapped[int | None]
     bytes_in: Mapped[int] = mapped_column(default=0)
     bytes_out: Mapped[int] = mapped_column(default=0)
+    refused_by: Mapped[str | None]
+    """The quota that did not let it in, or `capacity`."""
     cpu_seconds: Mapped[float | None]
     memory_peak_bytes: Mapped[int | None]
+    processes_peak: Mapped[int | None]
+    disk_peak_bytes: Mapped[int | None]
+    network_in: Mapped[int | None]
+    """Bytes that came through the uplink, and below, went."""
+    network_out: Mapped[int | None]
+    use: Mapped[dict[str, Any] | None]
+    """What was in use when it was last looked at, by the quota's name."""
+    sampled_at: Mapped[datetime | None]
+    """Up to when `usage` has the session."""
     namespaces: Mapped[dict[str, int] | None]
     """Kind (`user`, `mnt`, ...) -> inode number, as `readlink /proc/PID/ns/*` shows it on the node."""
     init_pid: Mapped[int | None]
@@ -183,6 +228,33 @@ class Channel(Model):
     closed_at: Mapped[datetime | None]
     exit_status: Mapped[int | None]
     exit_signal: Mapped[str | None]
+
+
+class Usage(Model):
+    """What a user's sessions used on a day, in UTC. Kept when the user is gone."""
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        UniqueConstraint("day", "user_name", "tenant_name"),
+        Index(None, "tenant_id", "day"),
+        Index(None, "user_id", "day"),
+    )
+
+    day: Mapped[date]
+    tenant_id: Mapped[int | None] = mapped_column(ForeignKey("tenants.id", ondelete="SET NULL"))
+    tenant_name: Mapped[str]
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", ondelete="SET NULL"))
+    user_name: Mapped[str]
+    sessions: Mapped[int] = mapped_column(default=0)
+    """Begun on this day."""
+    refused: Mapped[int] = mapped_column(default=0)
+    seconds: Mapped[float] = mapped_column(default=0)
+    cpu_seconds: Mapped[float] = mapped_column(default=0)
+    memory_peak_bytes: Mapped[int] = mapped_column(default=0)
+    bytes_in: Mapped[int] = mapped_column(default=0)
+    bytes_out: Mapped[int] = mapped_column(default=0)
+    network_in: Mapped[int] = mapped_column(default=0)
+    network_out: Mapped[int] = mapped_column(default=0)
 
 
 class AuditEvent(Model):
