@@ -16,9 +16,12 @@ PACKAGE = Path(sandbox_ssh.__file__).parent
 # Module or package -> what of the project it may import. The most specific entry counts; a package may import itself.
 PROJECT = {
     "errors": set(),
-    "config": {"errors"},
+    "units": set(),
+    "quotas": {"errors", "units"},
+    "capacity": set(),
+    "config": {"errors", "quotas", "units"},
     "sandbox": {"errors"},
-    "store": {"errors"},
+    "store": {"errors", "quotas"},
     # The gateway's side of the socket: both sides read the protocol, neither the other's code.
     "spawner.client": {"errors", "spawner.protocol"},
     "spawner.protocol": {"errors"},
@@ -26,8 +29,8 @@ PROJECT = {
     "supervisor": {"errors", "sandbox"},
     "unpack": {"errors"},
     "images": {"errors", "sandbox", "unpack"},
-    "gateway": {"errors", "config", "spawner.client", "spawner.protocol", "store"},
-    "cli": {"errors", "config", "gateway", "images", "sandbox", "spawner.client", "store", "supervisor"},
+    "gateway": {"errors", "capacity", "config", "quotas", "units", "spawner.client", "spawner.protocol", "store"},
+    "cli": {"errors", "capacity", "config", "quotas", "units", "gateway", "images", "sandbox", "spawner.client", "store", "supervisor"},
     "__main__": {"cli", "errors"},
 }
 

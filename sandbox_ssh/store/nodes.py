@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import update
+
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
 from sandbox_ssh.store.models import Node
@@ -16,3 +21,9 @@ async def register(database: Database, name: str, mode: str, version: str) -> No
             .values(name=name, **values)
             .on_conflict_do_update(index_elements=["name"], set_=values)
         )
+
+
+async def set_capacity(database: Database, name: str, capacity: Mapping[str, Any]) -> None:
+    """Note what a node's host can carry (`sandbox_ssh.capacity`), for admission."""
+    async with database.write() as transaction:
+        await transaction.execute(update(Node).where(Node.name == name).values(capacity=dict(capacity)))

@@ -12,98 +12,18 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Update, insert, select, update
+from sqlalchemy import Update, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from sandbox_ssh.errors import NotFoundError
-from sandbox_ssh.store import audit
+from sandbox_ssh.store import audit, usage
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
-from sandbox_ssh.store.models import LIVE, Channel, Session, State, User
+from sandbox_ssh.store.models import LIVE, Channel, Session, State
 
 if TYPE_CHECKING:
-    from sqlalchemy import CursorResult, Table
-
-
-async def admit(
-    database: Database,
-    *,
-    node: str,
-    worker: int,
-    user: User,
-    client_address: str,
-    client_port: int,
-    client_version: str,
-    auth_method: str,
-    key_fingerprint: str | None,
-    image: str,
-) -> int:
-    """Record that a session starts; return its number. Raises `StoreError` when that cannot be recorded."""
-    values = {
-        **_who(user),
-        "node": node,
-        "worker": worker,
-        "client_address": client_address,
-        "client_port": client_port,
-        "client_version": client_version,
-        "auth_method": auth_method,
-        "key_fingerprint": key_fingerprint,
-        "image": image,
-        "state": State.STARTING,
-        "started_at": now(),
-        "bytes_in": 0,
-        "bytes_out": 0,
-    }
-    async with database.write() as transaction:
-        return await _insert(transaction, values)
-
-
-async def refuse(
-    database: Database,
-    *,
-    node: str,
-    worker: int,
-    user: User,
-    client_address: str,
-    client_port: int,
-    client_version: str,
-    auth_method: str,
-    key_fingerprint: str | None,
-    image: str,
-    reason: str,
-) -> int:
-    """Record that an authenticated user was not let in, as a session and as an audit event."""
-    values = {
-        **_who(user),
-        "node": node,
-        "worker": worker,
-        "client_address": client_address,
-        "client_port": client_port,
-        "client_version": client_version,
-        "auth_method": auth_method,
-        "key_fingerprint": key_fingerprint,
-        "image": image,
-        "state": State.REFUSED,
-        "end_reason": reason,
-        "started_at": now(),
-        "ended_at": now(),
-        "bytes_in": 0,
-        "bytes_out": 0,
-    }
-    async with database.write() as transaction:
-        number = await _insert(transaction, values)
-        await audit.note(
-            transaction,
-            "session-refused",
-            node=node,
-            user=user.name,
-            tenant=user.tenant.name,
-            session=number,
-            address=client_address,
-            detail={"reason": reason},
-        )
-        return number
+    from sqlalchemy import CursorResult
 
 
 async def running(database: Database, number: int, init_pid: int, namespaces: Mapping[str, int]) -> bool:
@@ -118,49 +38,66 @@ async def closing(database: Database, number: int) -> bool:
     return await _move(database, number, (State.STARTING, State.RUNNING), state=State.CLOSING)
 
 
-async def close(
-    database: Database,
-    number: int,
-    *,
-    reason: str,
-    exit_status: int | None,
-    bytes_in: int,
-    bytes_out: int,
-    cpu_seconds: float,
-    memory_peak_bytes: int,
-) -> bool:
-    """The sandbox is gone, and this is what it cost. Channels that are still open end with it."""
+async def refused(database: Database, number: int, reason: str) -> bool:
+    """The kernel, or the host, had no room for the sandbox of a session that was let in."""
     ended = now()
     async with database.write() as transaction:
-        closed = await _changes(
+        moved = await _changes(
             transaction,
+            _transition(
+                (State.STARTING,), state=State.REFUSED, refused_by="kernel", end_reason=reason, ended_at=ended
+            ).where(Session.id == number),
+        )
+        if moved:
+            row = (await transaction.execute(select(usage.TABLE).where(usage.TABLE.c.id == number))).one()
+            await usage.count_refused(transaction, dict(row._mapping))
+            await audit.note(
+                transaction, "session-refused", node=row.node, user=row.user_name, tenant=row.tenant_name,
+                session=number, address=row.client_address, detail={"reason": reason},
+            )  # fmt: skip
+        return moved
+
+
+async def close(database: Database, number: int, *, reason: str, exit_status: int | None, used: usage.Sample) -> bool:
+    """The sandbox is gone, and this is what it cost. Channels that are still open end with it."""
+    ended = now()
+    live = select(usage.TABLE).where(usage.TABLE.c.id == number, usage.TABLE.c.state.in_(LIVE)).with_for_update()
+    async with database.write() as transaction:
+        row = (await transaction.execute(live)).first()
+        if row is None:
+            return False
+        await transaction.execute(
             _transition(
                 LIVE,
                 state=State.CLOSED,
                 end_reason=reason,
                 ended_at=ended,
                 exit_status=exit_status,
-                bytes_in=bytes_in,
-                bytes_out=bytes_out,
-                cpu_seconds=cpu_seconds,
-                memory_peak_bytes=memory_peak_bytes,
-            ).where(Session.id == number),
+                **usage.totals(row, used),
+                use=None,
+                sampled_at=ended,
+            ).where(Session.id == number)
         )
-        if closed:
-            open_channels = Channel.session_id == number, Channel.closed_at.is_(None)
-            await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
-        return closed
+        await usage.account(transaction, [row], {number: used}, ended)
+        open_channels = Channel.session_id == number, Channel.closed_at.is_(None)
+        await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
+        return True
 
 
 async def recover(database: Database, node: str, worker: int | None) -> int:
     """Call the live sessions of a worker that has died `lost`, or of a whole node (None); return how many they were."""
     ended = now()
-    query = _transition(LIVE, state=State.LOST, end_reason="server-failure", ended_at=ended).where(Session.node == node)
+    query = select(usage.TABLE).where(usage.TABLE.c.state.in_(LIVE), usage.TABLE.c.node == node)
     if worker is not None:
-        query = query.where(Session.worker == worker)
+        query = query.where(usage.TABLE.c.worker == worker)
     async with database.write() as transaction:
-        lost = (await transaction.scalars(query.returning(Session.id))).all()
+        rows = (await transaction.execute(query.with_for_update())).all()
+        lost = [row.id for row in rows]
         if lost:
+            # What they used after their last sample, nobody knows.
+            await usage.account(transaction, [row for row in rows if row.sampled_at is None], {}, None)
+            ending = _transition(LIVE, state=State.LOST, end_reason="server-failure", ended_at=ended, use=None)
+            await transaction.execute(ending.where(Session.id.in_(lost)))
             open_channels = Channel.session_id.in_(lost), Channel.closed_at.is_(None)
             await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
         return len(lost)
@@ -262,23 +199,6 @@ async def list_sessions(
     query = query.order_by(Session.started_at, Session.id).options(selectinload(Session.channels))
     async with database.read() as transaction:
         return (await transaction.scalars(query)).all()
-
-
-async def _insert(transaction: AsyncSession, values: Mapping[str, Any]) -> int:
-    """The table, not the model: the ORM would ask for the row again to make an object that nobody wants."""
-    result = await transaction.execute(insert(cast("Table", Session.__table__)), dict(values))
-    key = cast("CursorResult[Any]", result).inserted_primary_key
-    assert key is not None
-    return int(key[0])
-
-
-def _who(user: User) -> dict[str, Any]:
-    return {
-        "user_id": user.id,
-        "user_name": user.name,
-        "tenant_id": user.tenant_id,
-        "tenant_name": user.tenant.name,
-    }
 
 
 async def _move(database: Database, number: int, sources: Sequence[State], **values: object) -> bool:

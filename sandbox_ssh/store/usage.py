@@ -1,0 +1,177 @@
+"""What sessions use, as it was sampled, and its sum by user and day.
+
+A session's row holds its totals, up to `sampled_at`. Whoever writes newer totals adds the difference to the day's
+sums in the same transaction, so nothing is counted twice, and a crash loses what one interval had not written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import ColumnElement, Row, bindparam, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sandbox_ssh.store.columns import now
+from sandbox_ssh.store.database import Database, insert_or
+from sandbox_ssh.store.models import Session, Usage
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+
+TABLE = cast("Table", Session.__table__)
+SUMS = ("sessions", "refused", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
+_TOTALS = ("cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
+_PEAKS = ("memory_peak_bytes", "processes_peak", "disk_peak_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a session has used since it began; bytes and seconds."""
+
+    session: int
+    cpu_seconds: float = 0.0
+    memory_peak_bytes: int = 0
+    processes_peak: int = 0
+    disk_peak_bytes: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    network_in: int = 0
+    network_out: int = 0
+    use: dict[str, int] = field(default_factory=dict)
+    """What is in use now, by the quota's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Today:
+    """What all sessions of a user or a tenant have used on this day, up to their last samples."""
+
+    seconds: float = 0.0
+    network: int = 0
+
+
+async def sample(database: Database, samples: Sequence[Sample]) -> tuple[Mapping[int, Today], Mapping[int, Today]]:
+    """Write samples of live sessions; return the day's sums of the users and tenants they belong to, by number."""
+    at = now()
+    given = {one.session: one for one in samples}
+    live = select(TABLE).where(TABLE.c.id.in_(given), TABLE.c.ended_at.is_(None)).order_by(TABLE.c.id)
+    async with database.write() as transaction:
+        rows = (await transaction.execute(live.with_for_update())).all()
+        updates = [
+            {"number": row.id, **totals(row, given[row.id]), "use": given[row.id].use, "sampled_at": at} for row in rows
+        ]
+        if updates:
+            columns: dict[str, Any] = {name: bindparam(name) for name in updates[0] if name != "number"}
+            connection = await transaction.connection()
+            await connection.execute(update(TABLE).where(TABLE.c.id == bindparam("number")).values(columns), updates)
+        await account(transaction, rows, given, at)
+        return await _today(transaction, rows, Usage.user_id), await _today(transaction, rows, Usage.tenant_id)
+
+
+def totals(row: Row[Any], given: Sample) -> dict[str, Any]:
+    """The new totals of a row: never less than it had."""
+    return {name: max(getattr(row, name) or 0, getattr(given, name)) for name in (*_TOTALS, *_PEAKS)}
+
+
+async def account(
+    transaction: AsyncSession, rows: Iterable[Row[Any]], given: Mapping[int, Sample], at: datetime | None
+) -> None:
+    """Add to the day's sums what is new since the rows' last samples; `at` None: nothing is known of the time since."""
+    for row in rows:
+        new = given.get(row.id, Sample(row.id))
+        before = row.sampled_at or row.started_at
+        sums: dict[str, Any] = {name: max(0, getattr(new, name) - (getattr(row, name) or 0)) for name in _TOTALS}
+        sums["sessions"] = int(row.sampled_at is None)
+        sums["seconds"] = max(0.0, (at - before).total_seconds()) if at is not None else 0.0
+        await _add(transaction, dict(row._mapping), sums, new.memory_peak_bytes)
+
+
+async def count_refused(transaction: AsyncSession, session: Mapping[str, Any]) -> None:
+    await _add(transaction, session, {"refused": 1}, 0)
+
+
+async def _add(transaction: AsyncSession, session: Mapping[str, Any], sums: Mapping[str, Any], peak: int) -> None:
+    who = {name: session[name] for name in ("user_id", "user_name", "tenant_id", "tenant_name")}
+    zeros = dict.fromkeys(SUMS, 0)
+    statement = insert_or(transaction, Usage).values(
+        day=now().date(), **who, **{**zeros, **sums}, memory_peak_bytes=peak
+    )
+    new = statement.excluded
+    higher = func.greatest if transaction.get_bind().dialect.name == "postgresql" else func.max
+    changed: dict[str, ColumnElement[Any]] = {name: getattr(Usage, name) + new[name] for name in sums}
+    changed["memory_peak_bytes"] = higher(Usage.memory_peak_bytes, new.memory_peak_bytes)
+    await transaction.execute(
+        statement.on_conflict_do_update(index_elements=["day", "user_name", "tenant_name"], set_=changed)
+    )
+
+
+async def _today(transaction: AsyncSession, rows: Sequence[Row[Any]], owner: Any) -> Mapping[int, Today]:
+    numbers = {getattr(row, owner.key) for row in rows} - {None}
+    if not numbers:
+        return {}
+    query = (
+        select(owner, func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out))
+        .where(owner.in_(numbers), Usage.day == now().date())
+        .group_by(owner)
+    )
+    return {number: Today(seconds, int(network)) for number, seconds, network in await transaction.execute(query)}
+
+
+async def today(database: Database, *, user: int | None = None, tenant: int | None = None) -> Today:
+    """What a user's or a tenant's sessions have used on this day."""
+    mine = Usage.user_id == user if user is not None else Usage.tenant_id == tenant
+    query = select(func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out)).where(
+        mine, Usage.day == now().date()
+    )
+    async with database.read() as transaction:
+        seconds, network = (await transaction.execute(query)).one()
+    return Today(seconds or 0.0, int(network or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of `sandbox-ssh usage`: None where it is the sum over all."""
+
+    day: date | None
+    tenant: str | None
+    user: str | None
+    sums: Mapping[str, float]
+    memory_peak_bytes: int
+
+
+async def report(
+    database: Database,
+    *,
+    by: Sequence[str],
+    user: str | None = None,
+    tenant: str | None = None,
+    since: date | None = None,
+    until: date | None = None,
+) -> Sequence[Line]:
+    """Sums grouped `by` any of `day`, `tenant` and `user`; the days `since` and `until` are included."""
+    groups = {"day": Usage.day, "tenant": Usage.tenant_name, "user": Usage.user_name}
+    chosen = [groups[name].label(name) for name in by]
+    sums = [func.sum(getattr(Usage, name)).label(name) for name in SUMS]
+    query = select(*chosen, *sums, func.max(Usage.memory_peak_bytes).label("peak"))
+    for column, value in ((Usage.user_name, user), (Usage.tenant_name, tenant)):
+        if value is not None:
+            query = query.where(column == value)
+    if since is not None:
+        query = query.where(Usage.day >= since)
+    if until is not None:
+        query = query.where(Usage.day <= until)
+    query = query.group_by(*chosen).order_by(*chosen)
+    async with database.read() as transaction:
+        rows = (await transaction.execute(query)).all()
+    return [
+        Line(
+            getattr(row, "day", None),
+            getattr(row, "tenant", None),
+            getattr(row, "user", None),
+            {name: float(getattr(row, name) or 0) for name in SUMS},
+            int(row.peak or 0),
+        )
+        for row in rows
+    ]
