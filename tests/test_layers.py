@@ -21,6 +21,7 @@ PROJECT = {
     "capacity": set(),
     "config": {"errors", "quotas", "units"},
     "sandbox": {"errors"},
+    "sandbox.host": {"capacity", "errors", "sandbox"},
     "store": {"errors", "quotas"},
     # The gateway's side of the socket: both sides read the protocol, neither the other's code.
     "spawner.client": {"errors", "spawner.protocol"},
@@ -30,7 +31,19 @@ PROJECT = {
     "unpack": {"errors"},
     "images": {"errors", "sandbox", "unpack"},
     "gateway": {"errors", "capacity", "config", "quotas", "units", "spawner.client", "spawner.protocol", "store"},
-    "cli": {"errors", "capacity", "config", "quotas", "units", "gateway", "images", "sandbox", "spawner.client", "store", "supervisor"},
+    "cli": {
+        "errors",
+        "capacity",
+        "config",
+        "quotas",
+        "units",
+        "gateway",
+        "images",
+        "sandbox",
+        "spawner.client",
+        "store",
+        "supervisor",
+    },
     "__main__": {"cli", "errors"},
 }
 

@@ -20,7 +20,9 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "user": "user:app",
     "tenant": "tenant:app",
+    "quota": "quota:app",
     "session": "session:app",
+    "usage": "usage:usage",
     "image": "image:app",
     "db": "db:app",
 }

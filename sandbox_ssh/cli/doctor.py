@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import resource
 import socket
 from collections import Counter
 from dataclasses import asdict
@@ -17,11 +18,13 @@ from typing import Annotated
 
 import typer
 
+from sandbox_ssh import capacity
 from sandbox_ssh.cli import context, output, ownership
 from sandbox_ssh.cli.context import Context
 from sandbox_ssh.cli.serve import Mode, addresses
 from sandbox_ssh.config import Address, Config
 from sandbox_ssh.errors import StoreError
+from sandbox_ssh.quotas import QUOTAS
 from sandbox_ssh.sandbox import host
 from sandbox_ssh.sandbox.host.finding import Finding, Needs, Status, as_root, bad, good, set_sysctl
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE
@@ -60,12 +63,13 @@ def examine(config: Config) -> list[Finding]:
     needs = Needs(
         mode=config.mode,
         sessions=_SANDBOXES,
-        terminals=config.sandbox.ptys,
+        terminals=config.sandbox.quotas.get("ptys", QUOTAS["ptys"].default),
         first_id=config.sandbox.id_first,
         id_blocks=config.sandbox.id_blocks,
     )
     findings = list(host.inspect(needs))
     for name, check in (
+        ("capacity", room),
         ("gateway-user", gateway_user),
         ("state-directory", state_directory),
         ("database", database),
@@ -74,6 +78,19 @@ def examine(config: Config) -> list[Finding]:
     ):
         findings += host.answer(name, lambda _, check=check: check(config), needs)  # type: ignore[misc]
     return findings
+
+
+def room(config: Config) -> list[Finding]:
+    """What admission goes by (`sandbox_ssh.capacity`)."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    users = config.sandbox.id_blocks - 1
+    if config.mode == "rootless":
+        users = host.ids.users(host.ids.subordinate("uid")[1])
+    found = capacity.read(users, hard)
+    text = f"{found.sandboxes} sessions at once, bound by {found.bound}; ids for {found.users} users at once"
+    if not found.sandboxes:
+        return bad("capacity", text, "No session would be let in.", f"Raise {found.bound}.")
+    return good("capacity", text, "More are refused at login, in a sentence that says so.")
 
 
 def gateway_user(config: Config) -> list[Finding]:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from sandbox_ssh.gateway.session import Session
 
 REFUSED = 254
-"""The exit status of a channel whose session was refused or whose sandbox could not be made (documented)."""
+"""The exit status of a channel whose sandbox could not be made, or that cannot be had (documented)."""
+
+OVER_QUOTA = 253
+"""The exit status of a channel whose session a quota or the host's capacity did not let in (documented)."""
 
 KILLED_PAUSE = 0.1
 """Seconds between a process's death by KILL and the end of its channel.
@@ -43,6 +46,10 @@ MAX_COMMAND = 32 * 1024
 
 class Refusal(Exception):
     """Why a session or channel cannot be had; its text is the sentence for the client."""
+
+    def __init__(self, sentence: str, status: int = REFUSED) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 class Channel(asyncssh.SSHServerSession[bytes]):
@@ -113,6 +120,10 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             self._inflow.end()
         return True  # keep our direction open: the process may have more to say
 
+    @property
+    def terminal(self) -> bool:
+        return self._pty is not None
+
     def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
         if self._pty is None:
             return
@@ -163,9 +174,11 @@ class Channel(asyncssh.SSHServerSession[bytes]):
                 _close_all(fds)
                 raise
         except Refusal as refusal:
-            self.refuse(str(refusal))
+            self.refuse(str(refusal), refusal.status)
             return
         self._connect(fds)
+        if self._pty is not None:
+            self._session.greet()
 
     async def _spawn(self) -> list[int]:
         assert self._chan is not None
@@ -271,12 +284,12 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             else:
                 self._chan.write_stderr(f"sandbox-ssh: {sentence}\n".encode())
 
-    def refuse(self, sentence: str) -> None:
+    def refuse(self, sentence: str, status: int) -> None:
         self.notice(sentence)
         chan, self._over = self._chan, True
-        self._end(REFUSED, None)
+        self._end(status, None)
         if chan is not None:
-            chan.exit(REFUSED)
+            chan.exit(status)
 
     def kill(self) -> None:
         """Close a channel whose sandbox is gone."""

@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
 import structlog
 
-from sandbox_ssh.errors import SpawnerError, StoreError
-from sandbox_ssh.gateway.channel import Channel, Refusal
+from sandbox_ssh.errors import RefusedError, SpawnerError, StoreError
+from sandbox_ssh.gateway import limits
+from sandbox_ssh.gateway.channel import OVER_QUOTA, Channel, Refusal
 from sandbox_ssh.gateway.record import Record
+from sandbox_ssh.quotas import kernel_limits, render
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.store import audit, sessions
+from sandbox_ssh.store import admission, sessions
+from sandbox_ssh.store.usage import Sample, Today
 
 if TYPE_CHECKING:
     from sandbox_ssh.gateway.transport import Transport
     from sandbox_ssh.gateway.worker import Worker
     from sandbox_ssh.store.models import User
+    from sandbox_ssh.store.quotas import Effective
 
 LAST_WORDS = 1.0
 """Seconds that a client gets to show a sentence and leave before it is disconnected."""
@@ -41,6 +45,12 @@ PROMPTLY = 0.25
 
 USAGE_WITHIN = 10.0
 """Seconds that a session's row waits for what its sandbox used."""
+
+_ENDS = {
+    "init-died": "its first process has died",
+    "uplink-died": "its network has died",
+    "out-of-memory": "it used more memory than quota `memory` allows",
+}
 
 log = structlog.get_logger()
 
@@ -79,7 +89,10 @@ class Session:
         self._dropped = False
         self._gone = False
         self._exit_status: int | None = None
-        self._refusal: str | None = None
+        self._refusal: Refusal | None = None
+        self.clock: limits.Clock | None = None
+        self._in_use: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
         self._made = asyncio.Event()
         self._running: asyncio.Task[bool] | None = None
         self._sandbox_lives = False
@@ -96,53 +109,65 @@ class Session:
             if not self._gone:
                 await self._create()
         except Refusal as refusal:
-            self._refusal = str(refusal)
-            self._leave(self._refusal)
+            self._refusal = refusal
+            self._leave(str(refusal))
         finally:
             self._made.set()
 
     async def _admit(self) -> None:
         worker, login = self._worker, self._login
+        wanted = admission.Login(
+            user=login.user,
+            node=worker.node,
+            worker=worker.number,
+            client_address=login.address,
+            client_port=login.port,
+            client_version=login.client_version,
+            auth_method=login.method,
+            key_fingerprint=login.key_fingerprint,
+            image=worker.config.sandbox.image,
+        )
         try:
-            self.id = await sessions.admit(
-                worker.database,
-                node=worker.node,
-                worker=worker.number,
-                user=login.user,
-                client_address=login.address,
-                client_port=login.port,
-                client_version=login.client_version,
-                auth_method=login.method,
-                key_fingerprint=login.key_fingerprint,
-                image=worker.config.sandbox.image,
-            )
+            admitted = await admission.admit(worker.database, wanted, worker.config.sandbox.quotas)
+        except RefusedError as error:
+            log.warning("a session was refused", user=login.user.name, address=login.address, reason=str(error))
+            raise Refusal(f"refused: {error}", OVER_QUOTA) from error
         except StoreError as error:
             log.error("a session could not be recorded and was refused", user=login.user.name, error=str(error))
             raise Refusal("this server cannot record sessions at the moment; try again later") from error
+        self.id = admitted.number
+        self.clock = limits.Clock(admitted.quotas)
+        used = admitted.in_use
+        self._in_use = {**used, "sessions": used.get("sessions", 0) + 1}
+        self.clock.user = Today(used.get("session_time_per_day", 0), used.get("network_per_day", 0))
 
     async def _create(self) -> None:
-        config = self._worker.config.sandbox
+        assert self.clock is not None
+        config, values = self._worker.config.sandbox, self.clock.quotas.values
         request = protocol.Create(
             sandbox=self.sandbox,
-            user=self._login.user.id,
+            user=self.user_id,
+            user_limits=kernel_limits(values),
+            tenant=self.tenant_id,
+            tenant_limits=kernel_limits(self.clock.quotas.tenant),
             image=config.image,
             hostname=config.hostname,
             network=config.network,
-            disk_bytes=config.disk,
-            disk_inodes=config.inodes,
-            tmp_bytes=config.tmp,
-            shm_bytes=config.shm,
-            ptys=config.ptys,
+            disk=values["disk"],
+            inodes=values["inodes"],
+            ptys=values["ptys"],
+            open_files=values["open_files"],
+            notes=limits.notes(self.clock, self._in_use),
         )
         try:
             reply = await self._worker.spawner.create(self, request)
         except SpawnerError as error:
             log.error("no sandbox could be made", session=self.id, code=error.code, error=str(error))
             if error.code == "limit":
-                self._end_reason = f"refused: {error}"
-                self._record.write(partial(self._record_refusal, str(error)))
-            else:
-                self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
+                reason = f"refused: {error}"
+                self._record.write(lambda: sessions.refused(self._worker.database, self.id, reason))
+                raise Refusal(reason, OVER_QUOTA) from error
+            self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
             raise Refusal(f"no sandbox could be made for you: {error}") from error
         self._sandbox_lives = True
         self._running = self._record.write(
@@ -150,18 +175,13 @@ class Session:
         )
         log.info("session started", session=self.id, user=self._login.user.name, address=self._login.address)
 
-    async def _record_refusal(self, reason: str) -> None:
-        user = self._login.user
-        await audit.record(
-            self._worker.database,
-            "session-refused",
-            node=self._worker.node,
-            user=user.name,
-            tenant=user.tenant.name,
-            session=self.id,
-            address=self._login.address,
-            detail={"reason": reason},
-        )
+    @property
+    def user_id(self) -> int:
+        return self._login.user.id
+
+    @property
+    def tenant_id(self) -> int:
+        return self._login.user.tenant_id
 
     @property
     def sandbox(self) -> str:
@@ -174,7 +194,7 @@ class Session:
         """
         await self._made.wait()
         if self._refusal is not None:
-            raise Refusal(self._refusal)
+            raise Refusal(str(self._refusal), self._refusal.status)
 
     async def recorded(self) -> None:
         """Wait until the row says `running`: no byte of a shell without a record.
@@ -241,8 +261,8 @@ class Session:
         self._usage = event
         self._ended.set()
         if event["reason"] != "destroyed":
-            what = "its first process has died" if event["reason"] == "init-died" else "its network has died"
-            self.end("sandbox-failure", f"the sandbox has ended: {what}")
+            reason = "out-of-memory" if event["reason"] == "out-of-memory" else "sandbox-failure"
+            self.end(reason, f"the sandbox has ended: {_ENDS[event['reason']]}")
 
     def spawner_lost(self) -> None:
         self._sandbox_lives = False
@@ -255,6 +275,12 @@ class Session:
         for channel in list(self._channels.values()):
             channel.notice(sentence)
 
+    def notice_terminals(self, sentence: str) -> None:
+        """Only where a person looks: a program that reads standard error is left alone."""
+        for channel in list(self._channels.values()):
+            if channel.terminal:
+                channel.notice(sentence)
+
     def end(self, reason: str, sentence: str) -> None:
         """End the session from this side, and tell the client why."""
         if self._end_reason is not None:
@@ -262,7 +288,7 @@ class Session:
         self._end_reason = reason
         log.info("session is being ended", session=self.id, user=self._login.user.name, reason=reason)
         if self._refusal is None:
-            self._refusal = sentence
+            self._refusal = Refusal(sentence)
         for channel in list(self._channels.values()):
             channel.notice(sentence)
             channel.kill()
@@ -310,11 +336,96 @@ class Session:
             self.id,
             reason=self._end_reason,
             exit_status=self._exit_status,
+            used=self._sample(self._usage),
+        )
+
+    # What is used, and how long it may go on.
+
+    async def measure(self) -> Sample | None:
+        """What the session has used so far; None where there is nothing to ask."""
+        if not self._sandbox_lives or self._running is None or not self._running.done():
+            return None
+        try:
+            measured, _ = await self._worker.spawner.request(protocol.Measure(self.sandbox))
+        except SpawnerError:  # it has just ended
+            return None
+        return self._sample(measured)
+
+    def _sample(self, measured: Mapping[str, Any]) -> Sample:
+        for peak, now in (("memory", "memory_bytes"), ("processes", "processes"), ("disk", "disk_bytes")):
+            self._peaks[peak] = max(self._peaks.get(peak, 0), measured.get(now, 0))
+        use = {
+            "processes": measured.get("processes", 0),
+            "memory": measured.get("memory_bytes", 0),
+            "disk": measured.get("disk_bytes", 0),
+            "inodes": measured.get("inodes", 0),
+            "ptys": measured.get("ptys", 0),
+        }
+        self._in_use |= use
+        return Sample(
+            session=self.id,
+            cpu_seconds=measured.get("cpu_seconds", 0.0),
+            memory_peak_bytes=max(measured.get("memory_peak_bytes", 0), self._peaks["memory"]),
+            processes_peak=self._peaks["processes"],
+            disk_peak_bytes=self._peaks["disk"],
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
-            cpu_seconds=self._usage.get("cpu_seconds", 0.0),
-            memory_peak_bytes=self._usage.get("memory_peak_bytes", 0),
+            network_in=measured.get("network_in", 0),
+            network_out=measured.get("network_out", 0),
+            use=use,
         )
+
+    def tick(self) -> None:
+        """Once a second: warn of an end that comes near, and end when it has come."""
+        if self.clock is None or not self._sandbox_lives or self._end_reason is not None:
+            return
+        self.clock.moved(self.bytes_in + self.bytes_out)
+        end = self.clock.end()
+        if end is None:
+            return
+        if end.seconds <= 0:
+            value = render(end.quota, self.clock.quotas.values[end.quota])
+            self.end(f"quota {end.quota}", f"this session has ended: quota {end.quota} ({value}) is used up")
+        elif (warning := self.clock.warning(end)) is not None:
+            self.notice_terminals(warning)
+
+    def sampled(self, user: Today | None, tenant: Today | None, rates: tuple[int, int]) -> None:
+        """The day's sums, just written."""
+        if self.clock is None:
+            return
+        self.clock.sampled = time.monotonic()
+        self.clock.user, self.clock.tenant, self.clock.rates = user or self.clock.user, tenant, rates
+        self._in_use["sessions"] = rates[0]
+        if self.clock.user is not None:
+            self._in_use["session_time_per_day"] = int(self.clock.user.seconds)
+            self._in_use["network_per_day"] = self.clock.user.network
+        self.greet()
+        self._worker.spawn_task(self._post_notes())
+
+    def greet(self) -> None:
+        """Tell the terminals of what is nearly used up."""
+        for sentence in self.clock.near() if self.clock is not None else ():
+            self.notice_terminals(sentence)
+
+    async def limit(self, quotas: Effective) -> None:
+        """Quotas of the user or the tenant have changed: hold to them from now on."""
+        if self.clock is None:
+            return
+        self.clock.quotas = quotas
+        request = protocol.Limit(
+            self.user_id, kernel_limits(quotas.values), self.tenant_id, kernel_limits(quotas.tenant)
+        )
+        try:
+            await self._worker.spawner.request(request)
+        except SpawnerError as error:
+            log.error("changed quotas could not be put into force", session=self.id, error=str(error))
+        await self._post_notes()
+
+    async def _post_notes(self) -> None:
+        if self._sandbox_lives and self.clock is not None:
+            with contextlib.suppress(SpawnerError):  # it has just ended
+                text = limits.notes(self.clock, self._in_use)
+                await self._worker.spawner.request(protocol.Note(self.sandbox, text))
 
     def spawn_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._worker.spawn_task(coroutine)

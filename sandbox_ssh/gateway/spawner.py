@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ log = structlog.get_logger()
 
 
 class Spawner:
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, on_connected: Callable[[], None]) -> None:
         self._path = socket
+        self._on_connected = on_connected
         self._client = SpawnerClient(self._on_event, self._on_lost)
         self._connected = asyncio.Event()
         self._disconnected = asyncio.Event()
@@ -46,6 +48,7 @@ class Spawner:
             pause = RETRY_FIRST
             self._disconnected.clear()
             self._connected.set()
+            self._on_connected()
             await self._disconnected.wait()
 
     def close(self) -> None:

@@ -8,17 +8,21 @@ import gc
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncssh
 import structlog
 
-from sandbox_ssh.errors import ConfigError, StoreError
+from sandbox_ssh import capacity
+from sandbox_ssh.errors import ConfigError, SpawnerError, StoreError
 from sandbox_ssh.gateway import listener
 from sandbox_ssh.gateway.spawner import Spawner
-from sandbox_ssh.store import nodes, sessions
+from sandbox_ssh.spawner import protocol
+from sandbox_ssh.store import nodes, quotas, sessions, usage
 from sandbox_ssh.store.database import Database
 
 if TYPE_CHECKING:
@@ -26,8 +30,11 @@ if TYPE_CHECKING:
     from sandbox_ssh.gateway.session import Session
     from sandbox_ssh.gateway.transport import Transport
 
-KILL_POLL = 0.5
-"""Seconds between two looks for sessions that an administrator wants ended."""
+ORDERS_POLL = 0.5
+"""Seconds between two looks for what administrators want."""
+
+SAMPLE_INTERVAL = 10.0
+"""Seconds between two measurements of every session: the most that a crash makes the accounts forget."""
 
 RECORDS_WITHIN = 10.0
 """Seconds that the last records of a server that shuts down may take."""
@@ -43,7 +50,7 @@ class Worker:
         self.node = config.server.node
         self.number = number
         self.database = Database(config.database.url)
-        self.spawner = Spawner(config.server.state_dir / "run" / "spawner.sock")
+        self.spawner = Spawner(config.server.state_dir / "run" / "spawner.sock", self._spawner_is_there)
         self.options = listener.options(self, config, listener.host_keys(config.ssh.host_keys))
         self.hashing = asyncio.Semaphore(os.cpu_count() or 1)
         self.startups: set[Transport] = set()
@@ -66,7 +73,8 @@ class Worker:
         await self.database.check_schema()
         await nodes.register(self.database, self.node, self.config.mode, version("sandbox-ssh"))
         await sessions.recover(self.database, self.node, self.number)
-        standing = [asyncio.create_task(self.spawner.keep_connected()), asyncio.create_task(self._watch_kills())]
+        loops = (self.spawner.keep_connected(), self._watch_orders(), self._sample(), self._tick())
+        standing = [asyncio.create_task(coroutine) for coroutine in loops]
         servers = [await listener.listen(self, sock) for sock in listening]
         _settle_memory()
         ready()
@@ -110,20 +118,78 @@ class Worker:
             log.warning("these settings count from the next start on", keys=", ".join(waiting))
         self.config, self.options = config, options
         log.info("the configuration was reloaded for new connections")
+        self.spawn_task(self._learn_capacity())
+        self.spawn_task(self._change_quotas())  # those of the configuration may have changed
 
-    async def _watch_kills(self) -> None:
+    def _spawner_is_there(self) -> None:
+        self.spawn_task(self._learn_capacity())
+
+    async def _learn_capacity(self) -> None:
+        """What the host can carry, for admission; read again with the configuration."""
+        try:
+            reply, _ = await self.spawner.request(protocol.Capacity())
+            room = capacity.read(reply["users"], reply["open_files"])
+            await nodes.set_capacity(self.database, self.node, asdict(room))
+        except (SpawnerError, StoreError, OSError) as error:
+            log.error("what this host can carry could not be noted", error=str(error))
+            return
+        log.info("this host has room", sessions=room.sandboxes, bound=room.bound, users=room.users)
+
+    async def _watch_orders(self) -> None:
+        """What administrators want of live sessions: that they end, or other quotas."""
+        changed = None
         while True:
-            await asyncio.sleep(KILL_POLL)
+            await asyncio.sleep(ORDERS_POLL)
             if not self.sessions:
                 continue
             try:
                 wanted = await sessions.kills_requested(self.database, self.node, self.number)
+                latest = await quotas.last_change(self.database)
             except StoreError as error:
-                log.warning("cannot look for sessions to be ended", error=str(error))
+                log.warning("cannot look for what administrators want", error=str(error))
                 continue
             for number, by in wanted:
                 for session in [session for session in self.sessions if session.id == number]:
                     session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
+            if latest != changed:
+                changed = latest
+                await self._change_quotas()
+
+    async def _change_quotas(self) -> None:
+        users = {(session.user_id, session.tenant_id) for session in self.sessions}
+        for user, tenant in users:
+            try:
+                effective = await quotas.effective(self.database, user, tenant, self.config.sandbox.quotas)
+            except StoreError as error:
+                log.error("changed quotas could not be read", error=str(error))
+                return
+            for session in [one for one in self.sessions if (one.user_id, one.tenant_id) == (user, tenant)]:
+                await session.limit(effective)
+
+    async def _sample(self) -> None:
+        """Measure the sessions, write it down, and let each know what its user has used today."""
+        while True:
+            await asyncio.sleep(SAMPLE_INTERVAL)
+            live = {session.id: session for session in self.sessions}
+            samples = [sample for session in live.values() if (sample := await session.measure()) is not None]
+            if not samples:
+                continue
+            try:
+                users, tenants = await usage.sample(self.database, samples)
+            except StoreError as error:
+                log.warning("what sessions use could not be written, trying again", error=str(error))
+                continue
+            rates = Counter(s.user_id for s in live.values()), Counter(s.tenant_id for s in live.values())
+            for sample in samples:
+                session = live[sample.session]
+                user, tenant = session.user_id, session.tenant_id
+                session.sampled(users.get(user), tenants.get(tenant), (rates[0][user], rates[1][tenant]))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for session in list(self.sessions):
+                session.tick()
 
     async def _shut_down(self, servers: Sequence[asyncio.Server]) -> None:
         """Stop accepting, let sessions end by themselves for a while, then end them, and wait for their records."""

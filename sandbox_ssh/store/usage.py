@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import ColumnElement, Row, bindparam, func, select, update
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
-from sandbox_ssh.store.models import Session, Usage
+from sandbox_ssh.store.models import Session, State, Usage
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -175,3 +175,32 @@ async def report(
         )
         for row in rows
     ]
+
+
+async def in_use(database: Database, *, user: str | None = None, tenant: str | None = None) -> Mapping[str, int]:
+    """What a user's or a tenant's live sessions use together, and what counts by the hour and the day, by quota.
+
+    Of what is bounded for each sandbox (`disk`, `inodes`, `ptys`) the one that has most.
+    """
+    names = (
+        (TABLE.c.user_name, Usage.user_name, user)
+        if user is not None
+        else (TABLE.c.tenant_name, Usage.tenant_name, tenant)
+    )
+    live = select(TABLE.c.use).where(names[0] == names[2], TABLE.c.ended_at.is_(None))
+    lately = (
+        select(func.count())
+        .select_from(TABLE)
+        .where(names[0] == names[2], TABLE.c.started_at > now() - timedelta(hours=1), TABLE.c.state != State.REFUSED)
+    )
+    day = select(func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out)).where(
+        names[1] == names[2], Usage.day == now().date()
+    )
+    async with database.read() as transaction:
+        uses = [use or {} for use in await transaction.scalars(live)]
+        logins = await transaction.scalar(lately)
+        seconds, network = (await transaction.execute(day)).one()
+    found = {"sessions": len(uses), "logins_per_hour": logins or 0}
+    found |= {"session_time_per_day": int(seconds or 0), "network_per_day": int(network or 0)}
+    found |= {key: sum(use.get(key, 0) for use in uses) for key in ("processes", "memory")}
+    return found | {key: max((use.get(key, 0) for use in uses), default=0) for key in ("disk", "inodes", "ptys")}

@@ -77,6 +77,11 @@ def subordinate(kind: str) -> tuple[int, int]:
     return max(ranges, key=lambda pair: pair[1], default=(0, 0))
 
 
+def users(count: int) -> int:
+    """For how many users at once a range of `count` ids has ids of their own; without a range they share one."""
+    return count // SLICE - 1 if count >= _USABLE else 2**31
+
+
 def _lines(kind: str) -> list[tuple[str, int, int]]:
     try:
         text = Path(f"/etc/sub{kind}").read_text()

@@ -5,37 +5,15 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+from sandbox_ssh import capacity
 from sandbox_ssh.sandbox.host.finding import Finding, Needs, as_root, bad, good, set_sysctl, weak
-
-# What one sandbox charges to the server's own user, and so to /proc/sys/user/max_* of the host
-# (kernel/ucount.c: a creation counts in every user namespace above it). Its own of each kind; besides
-#   user: its holder, and the namespace that its files' owners are mapped by
-#   mnt:  the one it is built in, and slirp4netns's
-#   net:  the uplink's
-# A student's nested namespaces come on top, as far as quotas allow.
-_PER_SANDBOX = {
-    "user_namespaces": 3,
-    "mnt_namespaces": 3,
-    "net_namespaces": 2,
-    "pid_namespaces": 1,
-    "ipc_namespaces": 1,
-    "uts_namespaces": 1,
-    "cgroup_namespaces": 1,
-}
-# Namespaces are freed some time after their last process (measured: ten of them lag behind), and a few uplinks are
-# kept ready.
-_SPARE_NAMESPACES = 32
-_PROCESSES_PER_SANDBOX = 16
-_SERVER_PROCESSES = 512
-_FILES_PER_SANDBOX = 16
-_SERVER_FILES = 512
 
 
 def namespaces(needs: Needs) -> list[Finding]:
     findings: list[Finding] = []
     for path in sorted(Path("/proc/sys/user").glob("max_*")):
         kind = path.name.removeprefix("max_")
-        findings += _limit(f"user.{path.name}", int(path.read_text()), _PER_SANDBOX.get(kind, 0), needs.sessions)
+        findings += _limit(f"user.{path.name}", int(path.read_text()), capacity.NAMESPACES.get(kind, 0), needs.sessions)
     return findings
 
 
@@ -43,7 +21,7 @@ def _limit(name: str, value: int, cost: int, sessions: int) -> list[Finding]:
     found = str(value)
     if cost == 0:
         return good(name, found, "Sandboxes need none; what their users make counts against it.")
-    spare = _SPARE_NAMESPACES if name.endswith("_namespaces") else 0
+    spare = capacity.SPARE_NAMESPACES if name.endswith("_namespaces") else 0
     wanted = cost * sessions + spare
     room = max(0, value - spare) // cost
     if value >= wanted:
@@ -70,19 +48,17 @@ def terminals(needs: Needs) -> list[Finding]:
 
 def processes(needs: Needs) -> list[Finding]:
     findings: list[Finding] = []
-    wanted = needs.sessions * _PROCESSES_PER_SANDBOX + _SERVER_PROCESSES
+    wanted = needs.sessions * capacity.PROCESSES + capacity.SPARE_PROCESSES
     for name in ("threads-max", "pid_max"):
         value = int(Path("/proc/sys/kernel", name).read_text())
         sysctl = f"kernel.{name}"
         if value >= wanted:
-            findings += good(
-                sysctl, str(value), f"{needs.sessions} sandboxes with {_PROCESSES_PER_SANDBOX} processes fit."
-            )
+            findings += good(sysctl, str(value), f"{needs.sessions} sandboxes with {capacity.PROCESSES} processes fit.")
             continue
         findings += weak(
             sysctl,
             str(value),
-            f"{needs.sessions} sandboxes with {_PROCESSES_PER_SANDBOX} processes each would fill the host.",
+            f"{needs.sessions} sandboxes with {capacity.PROCESSES} processes each would fill the host.",
             set_sysctl(sysctl, wanted),
         )
     return findings
@@ -90,7 +66,7 @@ def processes(needs: Needs) -> list[Finding]:
 
 def open_files(needs: Needs) -> list[Finding]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    wanted = needs.sessions * _FILES_PER_SANDBOX + _SERVER_FILES
+    wanted = needs.sessions * capacity.FILES + capacity.SPARE_FILES
     found = "unlimited" if hard == resource.RLIM_INFINITY else f"hard limit {hard}"
     if hard != resource.RLIM_INFINITY and hard < wanted:
         return weak(

@@ -1,0 +1,117 @@
+"""The limits that the gateway keeps itself: time, and what a user may use in a day. And what `quota` shows inside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sandbox_ssh import units
+from sandbox_ssh.quotas import QUOTAS, UNLIMITED, render
+
+if TYPE_CHECKING:
+    from sandbox_ssh.store.quotas import Effective
+    from sandbox_ssh.store.usage import Today
+
+WARNINGS = (300.0, 60.0)
+"""Seconds before the end of a session at which its terminals are told."""
+
+NEAR = 0.9
+"""Of a day's quota: from here on the user is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What ends a session at last, and in how many seconds."""
+
+    quota: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Clock:
+    """A session's time. Seconds of the monotonic clock: nobody gains an hour when the host's clock is set."""
+
+    quotas: Effective
+    started: float = field(default_factory=time.monotonic)
+    active: float = field(default_factory=time.monotonic)
+    """When a byte last went in or out."""
+    sampled: float = field(default_factory=time.monotonic)
+    user: Today | None = None
+    """The day's use of the user and of the tenant, when it was last looked up."""
+    tenant: Today | None = None
+    rates: tuple[int, int] = (1, 1)
+    """Live sessions of the user and of the tenant here: so many seconds pass in a second."""
+    _bytes: int = 0
+    _warned: dict[str, float] = field(default_factory=dict)
+    _near: set[str] = field(default_factory=set)
+
+    def moved(self, total: int) -> None:
+        """The bytes of the session so far: new ones are activity."""
+        if total != self._bytes:
+            self._bytes, self.active = total, time.monotonic()
+
+    def end(self) -> End | None:
+        """The nearest end that is known of."""
+        return min(self._ends(), key=lambda end: end.seconds, default=None)
+
+    def _ends(self) -> Iterator[End]:
+        now, values = time.monotonic(), self.quotas.values
+        for quota, since in (("session_time", self.started), ("idle_time", self.active)):
+            if values[quota] != UNLIMITED:
+                yield End(quota, since + values[quota] - now)
+        for values_, today, rate in (
+            (values, self.user, self.rates[0]),
+            (self.quotas.tenant, self.tenant, self.rates[1]),
+        ):
+            left = values_.get("session_time_per_day", UNLIMITED)
+            if left != UNLIMITED and today is not None:
+                yield End("session_time_per_day", (left - today.seconds) / rate - (now - self.sampled))
+            most = values_.get("network_per_day", UNLIMITED)
+            if most != UNLIMITED and today is not None and today.network >= most:
+                yield End("network_per_day", 0)
+
+    def warning(self, end: End) -> str | None:
+        """What is to be said of an end that comes nearer, once at each of `WARNINGS`."""
+        passed = [seconds for seconds in WARNINGS if end.seconds <= seconds]
+        told = self._warned.get(end.quota)
+        if not passed:
+            self._warned.pop(end.quota, None)  # the quota was raised, or a key was pressed
+            return None
+        if told is not None and told <= passed[-1]:
+            return None
+        self._warned[end.quota] = passed[-1]
+        return f"this session ends in {units.duration(end.seconds)} (quota {end.quota})"
+
+    def near(self) -> list[str]:
+        """Daily quotas of which most is used, each told once."""
+        found = []
+        for key, today in (("session_time_per_day", "seconds"), ("network_per_day", "network")):
+            value = self.quotas.values[key]
+            if value == UNLIMITED or self.user is None or key in self._near:
+                continue
+            used = getattr(self.user, today)
+            if used >= NEAR * value:
+                self._near.add(key)
+                found.append(f"{render(key, int(used))} of today's {render(key, value)} are used (quota {key})")
+        return found
+
+
+def notes(clock: Clock, use: Mapping[str, int]) -> str:
+    """The text of /run/sandbox-ssh/quota: what this user may use, uses, and how long it may last."""
+    effective, end = clock.quotas, clock.end()
+    lines = [("QUOTA", "LIMIT", "IN USE")]
+    for key in QUOTAS:
+        used = render(key, use[key]) if key in use else "-"
+        lines.append((key, render(key, effective.values[key]), used))
+    width = max(len(line[0]) for line in lines)
+    middle = max(len(line[1]) for line in lines)
+    table = [f"{name:<{width}}  {limit:>{middle}}  {used:>8}" for name, limit, used in lines]
+    if end is None:
+        last = "time left: unlimited"
+    else:
+        moment = datetime.now(UTC) + timedelta(seconds=max(0, end.seconds))
+        last = f"time left: {units.duration(end.seconds)}, until {moment:%Y-%m-%d %H:%M:%SZ} (quota {end.quota})"
+    return "\n".join([*table, last, ""])
