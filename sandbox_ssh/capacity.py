@@ -16,7 +16,7 @@ from pathlib import Path
 #   user: its user's holder and its tenant's, and the namespace that its files' owners are mapped by
 #   mnt:  the one it is built in, and slirp4netns's
 #   net:  the uplink's
-# A student's nested namespaces come on top, as far as quotas allow.
+# A student's nested namespaces come on top, as far as quotas allow: `Capacity.nested_left` is about them.
 NAMESPACES = {
     "user_namespaces": 4,
     "mnt_namespaces": 3,
@@ -34,6 +34,8 @@ FILES, SPARE_FILES = 16, 512
 # An idle shell with its PID 1, slirp4netns and the kernel's share was measured at 4 MB; and something must run in it.
 MEMORY, SPARE_MEMORY = 8 * 2**20, 256 * 2**20
 
+_KERNEL = Path("/proc/sys/kernel")
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -43,27 +45,32 @@ class Capacity:
     """What bounds them, as its administrator names it."""
     users: int
     """With sandboxes at the same time: each needs ids of their own."""
+    full: int
+    """How many users fit that each use all that their quotas allow: with more, the host is overbooked."""
+    full_bound: str
+    """The quota that decides that."""
     limits: Mapping[str, int]
     """Quota -> the most that this host could keep."""
 
 
-def read(users: int, open_files: int) -> Capacity:
-    """Read the host's limits; the spawner knows for how many `users` there are ids, and its own `open_files`."""
+def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
+    """Read the host's limits.
+
+    The spawner knows for how many `users` there are ids, and its own `open_files`; `quotas` are those of a user for
+    whom nobody has set others, without what is unlimited.
+    """
     limits = {path.name.removeprefix("max_"): _number(path) for path in Path("/proc/sys/user").glob("max_*")}
-    kernel = {
-        name: _number(Path("/proc/sys/kernel", name)) for name in ("threads-max", "pid_max", "pty/max", "pty/reserve")
-    }
+    tasks, tasks_bound = _tasks()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tasks = min(kernel["threads-max"], kernel["pid_max"])
+    terminals = _number(_KERNEL / "pty/max") - _number(_KERNEL / "pty/reserve")
     room = {
         **{
             f"user.max_{kind}": (limits[kind] - SPARE_NAMESPACES) // cost
             for kind, cost in NAMESPACES.items()
             if kind in limits
         },
-        "kernel.threads-max" if tasks == kernel["threads-max"] else "kernel.pid_max": (tasks - SPARE_PROCESSES)
-        // PROCESSES,
-        "kernel.pty.max": kernel["pty/max"] - kernel["pty/reserve"],
+        tasks_bound: (tasks - SPARE_PROCESSES) // PROCESSES,
+        "kernel.pty.max": terminals,
         "the hard limit of open files": (open_files - SPARE_FILES) // FILES,
         "memory": (memory - SPARE_MEMORY) // MEMORY,
     }
@@ -74,10 +81,50 @@ def read(users: int, open_files: int) -> Capacity:
         "memory": memory,
         "disk": memory,
         "cpu": (os.cpu_count() or 1) * 1000,
-        "ptys": kernel["pty/max"],
+        "ptys": terminals,
         "open_files": open_files,
     }
-    return Capacity(max(0, room[bound]), bound, users, most)
+    each = {key: most[key] // value for key, value in quotas.items() if key in most and key != "open_files" and value}
+    full_bound = min(each, key=lambda key: each[key], default="")
+    return Capacity(max(0, room[bound]), bound, users, each.get(full_bound, 2**31), full_bound, most)
+
+
+def nested_left(limits: Mapping[str, int], sandboxes: int, nested: Mapping[str, int]) -> str | None:
+    """What is used up on a host with these limits of `Capacity`, by sandboxes and by what tenants have nested in them.
+
+    None where there is room for one more sandbox.
+    """
+    for kind, cost in NAMESPACES.items():
+        used = (sandboxes + 1) * cost + nested.get(kind, 0) + SPARE_NAMESPACES
+        if kind in limits and used > limits[kind]:
+            return f"user.max_{kind} ({limits[kind]})"
+    return None
+
+
+def shortage() -> str | None:
+    """What this host has too little of for one more sandbox at this moment, whoever uses it; None where it has all."""
+    tasks, tasks_bound = _tasks()
+    running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])  # proc(5): scheduling entities
+    if running + PROCESSES > tasks:
+        return f"{running} processes and threads of {tasks_bound} ({tasks})"
+    terminals = _number(_KERNEL / "pty/nr")
+    if terminals >= _number(_KERNEL / "pty/max") - _number(_KERNEL / "pty/reserve"):
+        return f"{terminals} terminals of kernel.pty.max"
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    if available < MEMORY + SPARE_MEMORY // 4:
+        return f"all but {available // 2**20}M of memory"
+    return None
+
+
+def _tasks() -> tuple[int, str]:
+    """The most processes and threads that the host can have, and the sysctl that says so."""
+    found = {name: _number(_KERNEL / name) for name in ("threads-max", "pid_max")}
+    name = min(found, key=lambda name: found[name])
+    return found[name], f"kernel.{name}"
 
 
 def _number(path: Path) -> int:

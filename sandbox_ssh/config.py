@@ -356,5 +356,7 @@ def _suggestion(section: str, key: str) -> str:
     if not key or not isinstance(model, type) or not issubclass(model, Section):
         matches = difflib.get_close_matches(section, sections)
         return f"; did you mean [{matches[0]}]?" if matches else ""
+    if section == "sandbox" and key in quotas.QUOTAS:
+        return "; it is a quota: write it below [sandbox.quotas]"
     matches = difflib.get_close_matches(key, model.model_fields)
     return f"; did you mean {section}.{matches[0]}?" if matches else ""

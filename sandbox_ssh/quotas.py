@@ -149,6 +149,11 @@ def check_host(values: Mapping[str, int], host: Mapping[str, int]) -> None:
             raise QuotaError(f"{key}: {render(key, value)} is over the limit of the host, {render(key, most)}")
 
 
+def bounded(values: Mapping[str, int]) -> dict[str, int]:
+    """Without what is unlimited."""
+    return {key: value for key, value in values.items() if value != UNLIMITED}
+
+
 def kernel_limits(values: Mapping[str, int]) -> dict[str, int]:
     """Of effective quotas those that a holder keeps; without those that are unlimited."""
-    return {key: values[key] for key in OF_A_HOLDER if values.get(key, UNLIMITED) != UNLIMITED}
+    return {key: value for key, value in bounded(values).items() if key in OF_A_HOLDER}

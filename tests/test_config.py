@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from sandbox_ssh import config
+from sandbox_ssh import config, quotas, units
 from sandbox_ssh.config import Address, Config
 from sandbox_ssh.errors import ConfigError
 
 DOCUMENTED = Path(__file__).parents[1] / "config" / "sandbox-ssh.toml"
 
 # Their defaults depend on who starts the server, and where.
-FOUND_OUT = {("server", "state_dir"), ("server", "node"), ("database", "url"), ("ssh", "host_keys")}
+FOUND_OUT = {
+    ("server", "state_dir"), ("server", "node"), ("database", "url"), ("ssh", "host_keys"), ("sandbox", "quotas"),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,13 @@ def write(tmp_path: Path, text: str) -> Path:
 def sections() -> dict[str, type[BaseModel]]:
     found = {name: field.annotation for name, field in Config.model_fields.items()}
     return {name: model for name, model in found.items() if isinstance(model, type) and issubclass(model, BaseModel)}
+
+
+def test_the_file_says_the_default_of_every_quota() -> None:
+    written = documented()["sandbox"]["quotas"]
+    assert {key: quotas.parse(key, value) for key, value in written.items()} == {
+        key: quota.default for key, quota in quotas.QUOTAS.items()
+    }
 
 
 def documented() -> dict[str, dict[str, Any]]:
@@ -85,16 +94,22 @@ def test_values_with_units(tmp_path: Path) -> None:
         [ssh]
         login_grace_time = "500ms"
         [sandbox]
+        [sandbox.quotas]
         disk = "1.5G"
-        tmp = 4096
-        shm = "64KiB"
+        open_files = 4096
+        memory = "64MiB"
+        idle_time = "90m"
+        cpu = 0.5
+        sessions = "unlimited"
         """,
     )
     loaded = config.load(file)
     assert loaded.server.listen == (Address("0.0.0.0", 22), Address("::1", 2222), Address("localhost", 0))
     assert str(loaded.server.listen[1]) == "[::1]:2222"
     assert (loaded.server.shutdown_timeout, loaded.ssh.login_grace_time) == (90.0, 0.5)
-    assert (loaded.sandbox.disk, loaded.sandbox.tmp, loaded.sandbox.shm) == (1536 * 2**20, 4096, 65536)
+    assert loaded.sandbox.quotas == {
+        "disk": 1536 * 2**20, "open_files": 4096, "memory": 2**26, "idle_time": 5400, "cpu": 500, "sessions": -1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -116,8 +131,12 @@ def test_values_with_units(tmp_path: Path) -> None:
         ("[server]\nshutdown_timeout = 10", "server.shutdown_timeout: a duration is a number and a unit"),
         ("[server]\nshutdown_timeout = '10'", "server.shutdown_timeout: a duration is a number and a unit"),
         ("[server]\nshutdown_timeout = '-1s'", "server.shutdown_timeout: a duration is a number and a unit"),
-        ("[sandbox]\ndisk = 'much'", "sandbox.disk: a size is a number and a unit"),
-        ("[sandbox]\ndisk = -1", "sandbox.disk: a size is a number and a unit"),
+        ("[sandbox]\ndisk = '1G'", "sandbox.disk is not a key of the configuration; it is a quota"),
+        ("[sandbox.quotas]\ndisk = 'much'", "sandbox.quotas: disk: 'much' is not a size"),
+        ("[sandbox.quotas]\ndisk = -1", "sandbox.quotas: disk: -1 is not a size"),
+        ("[sandbox.quotas]\nprocesses = 2", "sandbox.quotas: processes: 2 is less than a session needs, 8"),
+        ("[sandbox.quotas]\nmemry = '1G'", "sandbox.quotas: there is no quota 'memry'; did you mean memory?"),
+        ("[sandbox]\nquotas = 3", "sandbox.quotas: quotas are KEY = VALUE"),
         ("[sandbox]\nimage = '../etc'", "sandbox.image: "),
         ("[sandbox]\nhostname = 'a b'", "sandbox.hostname: "),
         ("[ssh]\nhost_keys = ['key']", "ssh.host_keys: a path must be absolute"),
@@ -243,11 +262,11 @@ def test_frozen() -> None:
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.lists(st.text())))
 def test_parsers_refuse_with_a_sentence_and_nothing_else(value: object) -> None:
-    for parse in (config.parse_duration, config.parse_size, config.parse_address):
+    for parse in (units.parse_duration, units.parse_size, config.parse_address):
         with contextlib.suppress(ValueError):
             parse(value)
 
 
 @given(st.integers(0, 2**50))
 def test_sizes_are_exact(count: int) -> None:
-    assert config.parse_size(str(count)) == config.parse_size(count) == count
+    assert units.parse_size(str(count)) == units.parse_size(count) == count

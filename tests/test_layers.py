@@ -22,7 +22,7 @@ PROJECT = {
     "config": {"errors", "quotas", "units"},
     "sandbox": {"errors"},
     "sandbox.host": {"capacity", "errors", "sandbox"},
-    "store": {"errors", "quotas"},
+    "store": {"capacity", "errors", "quotas"},
     # The gateway's side of the socket: both sides read the protocol, neither the other's code.
     "spawner.client": {"errors", "spawner.protocol"},
     "spawner.protocol": {"errors"},

@@ -28,6 +28,7 @@ def upgrade() -> None:
     extend_sessions()
     create_usage()
     op.add_column("nodes", sa.Column("capacity", DOCUMENT))
+    op.add_column("nodes", sa.Column("nested", DOCUMENT))
 
 
 def create_quotas() -> None:
@@ -38,6 +39,7 @@ def create_quotas() -> None:
         sa.Column("user_id", ID),
         *(sa.Column(key, sa.BigInteger()) for key in KEYS),
         sa.Column("changed_at", TIME, nullable=False),
+        sa.Column("revision", ID, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_quotas"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_quotas_tenant_id", ondelete="CASCADE"),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], name="fk_quotas_user_id", ondelete="CASCADE"),
@@ -45,13 +47,15 @@ def create_quotas() -> None:
         sa.UniqueConstraint("user_id", name="uq_quotas_user_id"),
         sa.CheckConstraint("tenant_id IS NULL OR user_id IS NULL", name=op.f("ck_quotas_owner")),
     )
-    op.create_index("ix_quotas_changed_at", "quotas", ["changed_at"])
+    # The row of all, which every change locks: there is always one, and never two.
+    op.execute("INSERT INTO quotas (changed_at, revision) VALUES (CURRENT_TIMESTAMP, 0)")
 
 
 def extend_sessions() -> None:
     op.add_column("sessions", sa.Column("refused_by", sa.Text()))
     for name in ("processes_peak", "disk_peak_bytes", "network_in", "network_out"):
         op.add_column("sessions", sa.Column(name, ID))
+    op.add_column("sessions", sa.Column("namespaces_peak", DOCUMENT))
     op.add_column("sessions", sa.Column("use", DOCUMENT))
     op.add_column("sessions", sa.Column("sampled_at", TIME))
     # What admission counts: the live sessions of a user, a tenant, a node, whatever the number of the past ones.
@@ -94,10 +98,20 @@ def create_usage() -> None:
 def downgrade() -> None:
     op.drop_table("usage")
     op.drop_column("nodes", "capacity")
+    op.drop_column("nodes", "nested")
     op.create_index("ix_sessions_user_id", "sessions", ["user_id"])
     op.create_index("ix_sessions_tenant_id", "sessions", ["tenant_id"])
     for name in ("user_id_started_at", "tenant_id_started_at", "live_user_id", "live_tenant_id", "live_node"):
         op.drop_index(f"ix_sessions_{name}", "sessions")
-    for name in ("refused_by", "processes_peak", "disk_peak_bytes", "network_in", "network_out", "use", "sampled_at"):
+    op.drop_column("sessions", "refused_by")
+    for name in (
+        "processes_peak",
+        "disk_peak_bytes",
+        "network_in",
+        "network_out",
+        "namespaces_peak",
+        "use",
+        "sampled_at",
+    ):
         op.drop_column("sessions", name)
     op.drop_table("quotas")

@@ -24,7 +24,7 @@ from sandbox_ssh.cli.context import Context
 from sandbox_ssh.cli.serve import Mode, addresses
 from sandbox_ssh.config import Address, Config
 from sandbox_ssh.errors import StoreError
-from sandbox_ssh.quotas import QUOTAS
+from sandbox_ssh.quotas import QUOTAS, bounded
 from sandbox_ssh.sandbox import host
 from sandbox_ssh.sandbox.host.finding import Finding, Needs, Status, as_root, bad, good, set_sysctl
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE
@@ -86,8 +86,12 @@ def room(config: Config) -> list[Finding]:
     users = config.sandbox.id_blocks - 1
     if config.mode == "rootless":
         users = host.ids.users(host.ids.subordinate("uid")[1])
-    found = capacity.read(users, hard)
-    text = f"{found.sandboxes} sessions at once, bound by {found.bound}; ids for {found.users} users at once"
+    values = {key: quota.default for key, quota in QUOTAS.items()} | config.sandbox.quotas
+    found = capacity.read(users, hard, bounded(values))
+    text = (
+        f"{found.sandboxes} sessions at once, bound by {found.bound}; ids for {found.users} users at once; "
+        f"{found.full} users that each use all that {found.full_bound} allows"
+    )
     if not found.sandboxes:
         return bad("capacity", text, "No session would be let in.", f"Raise {found.bound}.")
     return good("capacity", text, "More are refused at login, in a sentence that says so.")

@@ -7,6 +7,7 @@ import grp
 import json
 import os
 import pwd
+import resource
 import stat
 import sys
 from dataclasses import asdict
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from sandbox_ssh import capacity
 from sandbox_ssh.cli import context
 from sandbox_ssh.cli.context import Context
 from sandbox_ssh.cli.ownership import Owner, prepare_state_dir, sqlite_file
 from sandbox_ssh.config import DATABASE_FILE, find_file, parse_address, runtime_dir
-from sandbox_ssh.errors import ConfigError
+from sandbox_ssh.errors import ConfigError, QuotaError
+from sandbox_ssh.quotas import check_host
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ def serve(
     gateway = gateway_owner(config)
     check_readable(find_file(here.config_file), gateway)
     check_image(config)
+    check_quotas(config)
     prepare_state_dir(config)
     prepare_directories(config, gateway)
     lock = take_lock(config)
@@ -115,6 +119,16 @@ def check_image(config: Config) -> None:
     name = config.sandbox.image
     if name != HOST_IMAGE and not (config.server.state_dir / "images" / name / "rootfs").is_dir():
         raise ConfigError(f"sandbox.image: there is no image {name}: add it, or see `sandbox-ssh image list`")
+
+
+def check_quotas(config: Config) -> None:
+    """Raises `ConfigError` for a quota of the configuration that this host could not keep."""
+    values = config.sandbox.quotas
+    room = capacity.read(1, resource.getrlimit(resource.RLIMIT_NOFILE)[1], values)
+    try:
+        check_host(values, room.limits)
+    except QuotaError as error:
+        raise ConfigError(f"sandbox.quotas: {error}") from None
 
 
 def prepare_directories(config: Config, gateway: Owner) -> None:

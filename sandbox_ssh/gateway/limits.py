@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from sandbox_ssh import units
 from sandbox_ssh.quotas import QUOTAS, UNLIMITED, render
+from sandbox_ssh.store.usage import Together
 
 if TYPE_CHECKING:
     from sandbox_ssh.store.quotas import Effective
-    from sandbox_ssh.store.usage import Today
 
 WARNINGS = (300.0, 60.0)
 """Seconds before the end of a session at which its terminals are told."""
@@ -28,6 +28,12 @@ class End:
 
     quota: str
     seconds: float
+    value: int
+    of_tenant: bool = False
+
+    def __str__(self) -> str:
+        whose = " of your tenant" if self.of_tenant else ""
+        return f"quota {self.quota}{whose} ({render(self.quota, self.value)})"
 
 
 @dataclass(slots=True)
@@ -39,14 +45,12 @@ class Clock:
     active: float = field(default_factory=time.monotonic)
     """When a byte last went in or out."""
     sampled: float = field(default_factory=time.monotonic)
-    user: Today | None = None
-    """The day's use of the user and of the tenant, when it was last looked up."""
-    tenant: Today | None = None
-    rates: tuple[int, int] = (1, 1)
-    """Live sessions of the user and of the tenant here: so many seconds pass in a second."""
+    """When the next two were looked up."""
+    user: Together = field(default_factory=Together)
+    tenant: Together = field(default_factory=Together)
     _bytes: int = 0
     _warned: dict[str, float] = field(default_factory=dict)
-    _near: set[str] = field(default_factory=set)
+    _near: set[tuple[str, bool]] = field(default_factory=set)
 
     def moved(self, total: int) -> None:
         """The bytes of the session so far: new ones are activity."""
@@ -61,17 +65,24 @@ class Clock:
         now, values = time.monotonic(), self.quotas.values
         for quota, since in (("session_time", self.started), ("idle_time", self.active)):
             if values[quota] != UNLIMITED:
-                yield End(quota, since + values[quota] - now)
-        for values_, today, rate in (
-            (values, self.user, self.rates[0]),
-            (self.quotas.tenant, self.tenant, self.rates[1]),
+                yield End(quota, since + values[quota] - now, values[quota])
+        for quota, value, together, of_tenant in self._daily():
+            if quota == "session_time_per_day":
+                # As many seconds pass in a second as there are sessions.
+                left = (value - together.seconds) / max(1, together.sessions) - (now - self.sampled)
+                yield End(quota, left, value, of_tenant)
+            elif together.network >= value:
+                yield End(quota, 0, value, of_tenant)
+
+    def _daily(self) -> Iterator[tuple[str, int, Together, bool]]:
+        """The quotas of a day: name, value, what is used of it, whether it is the tenant's."""
+        for values, together, of_tenant in (
+            (self.quotas.values, self.user, False),
+            (self.quotas.tenant, self.tenant, True),
         ):
-            left = values_.get("session_time_per_day", UNLIMITED)
-            if left != UNLIMITED and today is not None:
-                yield End("session_time_per_day", (left - today.seconds) / rate - (now - self.sampled))
-            most = values_.get("network_per_day", UNLIMITED)
-            if most != UNLIMITED and today is not None and today.network >= most:
-                yield End("network_per_day", 0)
+            for quota in ("session_time_per_day", "network_per_day"):
+                if values.get(quota, UNLIMITED) != UNLIMITED:
+                    yield quota, values[quota], together, of_tenant
 
     def warning(self, end: End) -> str | None:
         """What is to be said of an end that comes nearer, once at each of `WARNINGS`."""
@@ -83,19 +94,16 @@ class Clock:
         if told is not None and told <= passed[-1]:
             return None
         self._warned[end.quota] = passed[-1]
-        return f"this session ends in {units.duration(end.seconds)} (quota {end.quota})"
+        return f"this session ends in {units.duration(end.seconds)}: {end}"
 
     def near(self) -> list[str]:
         """Daily quotas of which most is used, each told once."""
         found = []
-        for key, today in (("session_time_per_day", "seconds"), ("network_per_day", "network")):
-            value = self.quotas.values[key]
-            if value == UNLIMITED or self.user is None or key in self._near:
-                continue
-            used = getattr(self.user, today)
-            if used >= NEAR * value:
-                self._near.add(key)
-                found.append(f"{render(key, int(used))} of today's {render(key, value)} are used (quota {key})")
+        for quota, value, together, of_tenant in self._daily():
+            used = int(together.seconds if quota == "session_time_per_day" else together.network)
+            if used >= NEAR * value and (quota, of_tenant) not in self._near:
+                self._near.add((quota, of_tenant))
+                found.append(f"{render(quota, used)} of today are used: {End(quota, 0, value, of_tenant)}")
         return found
 
 
@@ -113,5 +121,5 @@ def notes(clock: Clock, use: Mapping[str, int]) -> str:
         last = "time left: unlimited"
     else:
         moment = datetime.now(UTC) + timedelta(seconds=max(0, end.seconds))
-        last = f"time left: {units.duration(end.seconds)}, until {moment:%Y-%m-%d %H:%M:%SZ} (quota {end.quota})"
+        last = f"time left: {units.duration(end.seconds)}, until {moment:%Y-%m-%d %H:%M:%SZ}: {end}"
     return "\n".join([*table, last, ""])

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import asyncssh
 import structlog
 
+from sandbox_ssh import capacity
 from sandbox_ssh.errors import RefusedError, SpawnerError, StoreError
 from sandbox_ssh.gateway import limits
 from sandbox_ssh.gateway.channel import OVER_QUOTA, Channel, Refusal
 from sandbox_ssh.gateway.record import Record
-from sandbox_ssh.quotas import kernel_limits, render
+from sandbox_ssh.quotas import SUMMED, kernel_limits
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.store import admission, sessions
-from sandbox_ssh.store.usage import Sample, Today
+from sandbox_ssh.store import admission, quotas, sessions
+from sandbox_ssh.store.usage import Sample, Together
 
 if TYPE_CHECKING:
     from sandbox_ssh.gateway.transport import Transport
@@ -93,6 +94,7 @@ class Session:
         self.clock: limits.Clock | None = None
         self._in_use: dict[str, int] = {}
         self._peaks: dict[str, int] = {}
+        self._namespaces_peak: dict[str, int] = {}
         self._made = asyncio.Event()
         self._running: asyncio.Task[bool] | None = None
         self._sandbox_lives = False
@@ -126,20 +128,27 @@ class Session:
             auth_method=login.method,
             key_fingerprint=login.key_fingerprint,
             image=worker.config.sandbox.image,
+            shortage=capacity.shortage(),
         )
+        profile, revision = worker.config.sandbox.quotas, worker.quotas_revision
         try:
-            admitted = await admission.admit(worker.database, wanted, worker.config.sandbox.quotas)
+            admitted = await admission.admit(worker.database, wanted, profile)
+            self.id = admitted.number
+            effective = admitted.quotas
+            if worker.quotas_revision != revision:  # changed meanwhile: the worker has told only those with a clock
+                effective = await quotas.effective(worker.database, self.user_id, self.tenant_id, profile)
         except RefusedError as error:
             log.warning("a session was refused", user=login.user.name, address=login.address, reason=str(error))
             raise Refusal(f"refused: {error}", OVER_QUOTA) from error
         except StoreError as error:
             log.error("a session could not be recorded and was refused", user=login.user.name, error=str(error))
             raise Refusal("this server cannot record sessions at the moment; try again later") from error
-        self.id = admitted.number
-        self.clock = limits.Clock(admitted.quotas)
         used = admitted.in_use
-        self._in_use = {**used, "sessions": used.get("sessions", 0) + 1}
-        self.clock.user = Today(used.get("session_time_per_day", 0), used.get("network_per_day", 0))
+        self._in_use = {**used, **{key: used[key] + 1 for key in ("sessions", "logins_per_hour") if key in used}}
+        self.clock = limits.Clock(effective)
+        self.clock.user = Together(
+            used.get("session_time_per_day", 0), used.get("network_per_day", 0), self._in_use["sessions"]
+        )
 
     async def _create(self) -> None:
         assert self.clock is not None
@@ -170,6 +179,7 @@ class Session:
             self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
             raise Refusal(f"no sandbox could be made for you: {error}") from error
         self._sandbox_lives = True
+        self._namespaces_peak = dict.fromkeys(reply["namespaces"], 1)
         self._running = self._record.write(
             lambda: sessions.running(self._worker.database, self.id, reply["init_pid"], reply["namespaces"])
         )
@@ -361,6 +371,9 @@ class Session:
             "inodes": measured.get("inodes", 0),
             "ptys": measured.get("ptys", 0),
         }
+        for kind, count in measured.get("namespaces", {}).items():
+            use[f"{kind}_namespaces"] = count
+            self._namespaces_peak[kind] = max(self._namespaces_peak.get(kind, 0), count)
         self._in_use |= use
         return Sample(
             session=self.id,
@@ -368,6 +381,7 @@ class Session:
             memory_peak_bytes=max(measured.get("memory_peak_bytes", 0), self._peaks["memory"]),
             processes_peak=self._peaks["processes"],
             disk_peak_bytes=self._peaks["disk"],
+            namespaces_peak=self._namespaces_peak,
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
             network_in=measured.get("network_in", 0),
@@ -384,21 +398,22 @@ class Session:
         if end is None:
             return
         if end.seconds <= 0:
-            value = render(end.quota, self.clock.quotas.values[end.quota])
-            self.end(f"quota {end.quota}", f"this session has ended: quota {end.quota} ({value}) is used up")
+            self.end(f"quota {end.quota}", f"this session has ended: {end} is used up")
         elif (warning := self.clock.warning(end)) is not None:
             self.notice_terminals(warning)
 
-    def sampled(self, user: Today | None, tenant: Today | None, rates: tuple[int, int]) -> None:
-        """The day's sums, just written."""
+    def sampled(self, user: Together, tenant: Together) -> None:
+        """What all sessions of the user and of the tenant use, just written."""
         if self.clock is None:
             return
-        self.clock.sampled = time.monotonic()
-        self.clock.user, self.clock.tenant, self.clock.rates = user or self.clock.user, tenant, rates
-        self._in_use["sessions"] = rates[0]
-        if self.clock.user is not None:
-            self._in_use["session_time_per_day"] = int(self.clock.user.seconds)
-            self._in_use["network_per_day"] = self.clock.user.network
+        self.clock.sampled, self.clock.user, self.clock.tenant = time.monotonic(), user, tenant
+        # Of what is bounded for each sandbox, `quota` shows this one's.
+        self._in_use |= {key: value for key, value in user.use.items() if key in SUMMED}
+        self._in_use |= {
+            "sessions": user.sessions,
+            "session_time_per_day": int(user.seconds),
+            "network_per_day": user.network,
+        }
         self.greet()
         self._worker.spawn_task(self._post_notes())
 

@@ -8,8 +8,7 @@ import gc
 import os
 import signal
 import socket
-from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,9 +17,10 @@ import asyncssh
 import structlog
 
 from sandbox_ssh import capacity
-from sandbox_ssh.errors import ConfigError, SpawnerError, StoreError
+from sandbox_ssh.errors import ConfigError, QuotaError, SpawnerError, StoreError
 from sandbox_ssh.gateway import listener
 from sandbox_ssh.gateway.spawner import Spawner
+from sandbox_ssh.quotas import bounded, check_host
 from sandbox_ssh.spawner import protocol
 from sandbox_ssh.store import nodes, quotas, sessions, usage
 from sandbox_ssh.store.database import Database
@@ -55,6 +55,9 @@ class Worker:
         self.hashing = asyncio.Semaphore(os.cpu_count() or 1)
         self.startups: set[Transport] = set()
         self.sessions: set[Session] = set()
+        self.quotas_revision = 0
+        """The latest change of quotas that sessions have been told of (`store.quotas.revision`)."""
+        self._limits: Mapping[str, int] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._load = load
@@ -110,8 +113,9 @@ class Worker:
         """SIGHUP: take the configuration as it is now for new sessions, or keep the old one if it has an error."""
         try:
             config = self._load()
+            check_host(config.sandbox.quotas, self._limits)
             options = listener.options(self, config, listener.host_keys(config.ssh.host_keys))
-        except ConfigError as error:
+        except (ConfigError, QuotaError) as error:
             log.error("the configuration was not reloaded", error=str(error))
             return
         if waiting := _changed_for_the_next_start(self.config, config):
@@ -128,31 +132,36 @@ class Worker:
         """What the host can carry, for admission; read again with the configuration."""
         try:
             reply, _ = await self.spawner.request(protocol.Capacity())
-            room = capacity.read(reply["users"], reply["open_files"])
+            effective = await quotas.effective(self.database, None, None, self.config.sandbox.quotas)
+            room = capacity.read(reply["users"], reply["open_files"], bounded(effective.values))
             await nodes.set_capacity(self.database, self.node, asdict(room))
         except (SpawnerError, StoreError, OSError) as error:
             log.error("what this host can carry could not be noted", error=str(error))
             return
-        log.info("this host has room", sessions=room.sandboxes, bound=room.bound, users=room.users)
+        self._limits = room.limits
+        if self.number == 0:
+            log.info(
+                "this host has room", sessions=room.sandboxes, bound=room.bound, users=room.users,
+                users_at_their_quotas=room.full, bound_then=room.full_bound,
+            )  # fmt: skip
 
     async def _watch_orders(self) -> None:
         """What administrators want of live sessions: that they end, or other quotas."""
-        changed = None
         while True:
             await asyncio.sleep(ORDERS_POLL)
             if not self.sessions:
                 continue
             try:
                 wanted = await sessions.kills_requested(self.database, self.node, self.number)
-                latest = await quotas.last_change(self.database)
+                revision = await quotas.revision(self.database)
             except StoreError as error:
                 log.warning("cannot look for what administrators want", error=str(error))
                 continue
             for number, by in wanted:
                 for session in [session for session in self.sessions if session.id == number]:
                     session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
-            if latest != changed:
-                changed = latest
+            if revision != self.quotas_revision:
+                self.quotas_revision = revision
                 await self._change_quotas()
 
     async def _change_quotas(self) -> None:
@@ -176,14 +185,13 @@ class Worker:
                 continue
             try:
                 users, tenants = await usage.sample(self.database, samples)
+                await nodes.count_nested(self.database, self.node)
             except StoreError as error:
                 log.warning("what sessions use could not be written, trying again", error=str(error))
                 continue
-            rates = Counter(s.user_id for s in live.values()), Counter(s.tenant_id for s in live.values())
-            for sample in samples:
-                session = live[sample.session]
-                user, tenant = session.user_id, session.tenant_id
-                session.sampled(users.get(user), tenants.get(tenant), (rates[0][user], rates[1][tenant]))
+            for session in [live[sample.session] for sample in samples]:
+                if session.user_id in users and session.tenant_id in tenants:  # else it has ended, or they were removed
+                    session.sampled(users[session.user_id], tenants[session.tenant_id])
 
     async def _tick(self) -> None:
         while True:

@@ -48,6 +48,10 @@ class Cgroups:
         self._root = _subtree(f"{_PREFIX}{os.getpid()}")
         self._controllers = frozenset(_read(self._root, "cgroup.subtree_control").split() if self._root else ())
 
+    @property
+    def hold_memory(self) -> bool:
+        return "memory" in self._controllers
+
     def create(self, tenant: int, tenant_limits: Limits, user: int, user_limits: Limits, sandbox: str) -> Leaf | None:
         """A new cgroup below the tenant's and the user's, with their limits in these. Raises `OSError`."""
         if self._root is None:

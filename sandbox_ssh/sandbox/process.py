@@ -63,6 +63,8 @@ class Target:
     limits: Limits
     open_files: int
     """The hard limit; -1: the host's."""
+    memory_held: bool
+    """Whether a cgroup holds the quota of memory."""
 
 
 class Streams:
@@ -183,6 +185,10 @@ def _become(target: Target, streams: Streams, command: str | None, environment: 
         hard = min(hard, target.open_files)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
     set_rlimits(target.limits)
+    if not target.memory_held and "memory" in target.limits:
+        # The most that there is without a cgroup: no process may have more than the quota for itself (getrlimit(2)).
+        data = target.limits["memory"]
+        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     home, shell = _account()
     environment = {
         **environment,

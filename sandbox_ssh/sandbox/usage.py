@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sandbox_ssh.sandbox.cgroup import Leaf
+from sandbox_ssh.sandbox.limits import NAMESPACES
 
-_MOST_READ = 256  # processes of one sandbox, without a cgroup: the spawner has one thread for everybody
+_MOST_READ = 256  # processes of one sandbox that are looked at: the spawner has one thread for everybody
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,6 +29,8 @@ class Usage:
     disk_bytes: int = 0
     inodes: int = 0
     ptys: int = 0
+    namespaces: dict[str, int] = field(default_factory=dict)
+    """Kind -> how many the sandbox's processes are in; one that only a descriptor or a mount holds is not seen."""
 
 
 def measure(leaf: Leaf | None, proc: int, disk: int, pts: int) -> Usage:
@@ -35,6 +38,7 @@ def measure(leaf: Leaf | None, proc: int, disk: int, pts: int) -> Usage:
     used = Usage()
     _files(used, disk)
     used.ptys = _entries(pts) - 1  # ptmx
+    used.namespaces = _namespaces(proc)
     if leaf is None:
         _processes(used, proc)
         return used
@@ -72,6 +76,17 @@ def _pids(proc: int) -> list[str]:
 
 def _count(proc: int) -> int:
     return len(_pids(proc))
+
+
+def _namespaces(proc: int) -> dict[str, int]:
+    """Those of the server's own are not counted: a sandbox has no time namespace until its tenant makes one."""
+    pids = _pids(proc)[:_MOST_READ]
+    found: dict[str, set[str]] = {}
+    for kind in NAMESPACES:
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has ended
+                found.setdefault(kind, set()).add(os.readlink(f"{pid}/ns/{kind}", dir_fd=proc))
+    return {kind: len(names - {os.readlink(f"/proc/self/ns/{kind}")}) for kind, names in found.items()}
 
 
 def _memory(proc: int) -> int:

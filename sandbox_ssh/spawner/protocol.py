@@ -258,8 +258,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the host has. Reply: `sandboxes` that it can carry, `bound` (what bounds them), and `limits`: quota ->
-    the most that the host could keep."""
+    """Reply: `users`, for how many at once there are host ids, and `open_files`, the spawner's own hard limit."""
 
     type: ClassVar[str] = "capacity"
     checks: ClassVar[dict[str, Check]] = {}

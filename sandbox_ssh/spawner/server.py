@@ -405,7 +405,7 @@ class Spawner:
         target = process.Target(
             sandbox.pidfd, sandbox.pts, ids.root if sandbox.image == HOST_IMAGE else ids.root_unpacked,
             self._host.groups, sandbox.cgroup.directory if sandbox.cgroup else None, sandbox.holder.limits,
-            sandbox.open_files,
+            sandbox.open_files, self._cgroups.hold_memory,
         )  # fmt: skip
         streams = process.Streams(target, request.pty)
         try:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Row, Select, and_, func, insert, select
+from sqlalchemy import Row, Select, and_, func, insert, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from sandbox_ssh import capacity
 from sandbox_ssh.errors import RefusedError, StoreError
 from sandbox_ssh.quotas import UNLIMITED, render
 from sandbox_ssh.store import audit, quotas, usage
@@ -42,6 +43,8 @@ class Login:
     auth_method: str
     key_fingerprint: str | None
     image: str
+    shortage: str | None = None
+    """What the host has too little of for one more sandbox (`capacity.shortage`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +81,32 @@ async def admit(database: Database, login: Login, profile: Mapping[str, int]) ->
         ).all()
         effective = quotas.combine(rows, profile)
         limits = _limits(login.user, effective)
-        counted = (await transaction.execute(_count(login, node, limits))).one()
+        counted = (await transaction.execute(_count(login, limits))).one()
         refusal = await _refusal(transaction, login, node, limits, counted, effective)
         number = await _insert(transaction, login, refusal)
         if refusal is not None:
             await _note(transaction, login, number, str(refusal))
     if refusal is not None:
         raise refusal
-    used = {
-        limit.key: int(getattr(counted, f"c{i}") or 0) for i, limit in enumerate(limits) if limit.column is not None
-    }
+    used = {limit.key: _used(counted, i) for i, limit in enumerate(limits) if limit.column == "user_id"}
     return Admitted(number, effective, used)
 
 
-async def _lock(transaction: AsyncSession, login: Login) -> Mapping[str, Any]:
-    """The node's capacity, with the rows of node and tenant locked where a database has such locks.
+async def _lock(transaction: AsyncSession, login: Login) -> Row[Any]:
+    """What the node can carry, with the rows of node and tenant locked where a database has such locks.
 
     Not FOR UPDATE: sessions refer to both rows, and inserting one would wait for as long (PostgreSQL, 13.3.2).
     """
     query = (
-        select(Node.capacity, Tenant.id)
+        select(Node.capacity, Node.nested)
+        .join(Tenant, true())
         .where(Node.name == login.node, Tenant.id == login.user.tenant_id)
         .with_for_update(key_share=True)
     )
     row = (await transaction.execute(query)).first()
     if row is None:
         raise StoreError(f"node {login.node} is not registered, or the tenant of {login.user.name} was removed")
-    return row.capacity or {}
+    return row
 
 
 def _limits(user: User, effective: quotas.Effective) -> list[_Limit]:
@@ -116,21 +118,26 @@ def _limits(user: User, effective: quotas.Effective) -> list[_Limit]:
     ):
         for key in keys:
             value = values.get(key, UNLIMITED)
-            if value != UNLIMITED:
+            # The user's sessions are counted in any case: `quota` tells of them.
+            if value != UNLIMITED or (key, column) == ("sessions", "user_id"):
                 found.append(_Limit(key, value, of, column, owner))
     return found
 
 
-def _count(login: Login, node: Mapping[str, Any], limits: list[_Limit]) -> Select[Any]:
+def _used(counted: Row[Any], number: int) -> int:
+    return int(getattr(counted, f"c{number}") or 0)
+
+
+def _count(login: Login, limits: list[_Limit]) -> Select[Any]:
     """One row: what is in use of each limit, and of the node."""
-    columns = [_in_use(limit).label(f"c{i}") for i, limit in enumerate(limits)]
-    if node:
-        live = and_(TABLE.c.node == login.node, TABLE.c.ended_at.is_(None))
-        columns.append(select(func.count()).select_from(TABLE).where(live).scalar_subquery().label("sandboxes"))
-        others = and_(live, TABLE.c.user_id != login.user.id)
-        users = select(func.count(TABLE.c.user_id.distinct())).where(others)
-        columns.append(users.scalar_subquery().label("users"))
-    return select(*columns, select(1).scalar_subquery().label("one"))
+    live = and_(TABLE.c.node == login.node, TABLE.c.ended_at.is_(None))
+    sandboxes = select(func.count()).select_from(TABLE).where(live)
+    others = select(func.count(TABLE.c.user_id.distinct())).where(live, TABLE.c.user_id != login.user.id)
+    return select(
+        sandboxes.scalar_subquery().label("sandboxes"),
+        others.scalar_subquery().label("users"),
+        *(_in_use(limit).label(f"c{i}") for i, limit in enumerate(limits)),
+    )
 
 
 def _in_use(limit: _Limit) -> Any:
@@ -151,30 +158,40 @@ def _lately(limit: _Limit) -> Any:
 async def _refusal(
     transaction: AsyncSession,
     login: Login,
-    node: Mapping[str, Any],
+    node: Row[Any],
     limits: list[_Limit],
     counted: Row[Any],
     effective: quotas.Effective,
 ) -> RefusedError | None:
     for i, limit in enumerate(limits):
-        used = int(getattr(counted, f"c{i}") or 0)
-        if used >= limit.value:
+        used = _used(counted, i)
+        if used >= limit.value != UNLIMITED:
             until = await _until(transaction, limit, used, effective)
             amount = f"{render(limit.key, used)} of {render(limit.key, limit.value)}"
             return RefusedError(limit.key, f"quota {limit.key} of {limit.of}: {amount} in use, until {until}")
-    if node and counted.sandboxes >= node["sandboxes"]:
-        text = f"this server is full: {counted.sandboxes} of {node['sandboxes']} sessions, until one of them ends"
-        return RefusedError("capacity", text)
-    if node and counted.users >= node["users"]:
-        text = f"this server is full: {counted.users} of {node['users']} users, until one of them has left"
-        return RefusedError("capacity", text)
+    if (full := _full(login, node, counted)) is not None:
+        return RefusedError("capacity", f"this server is full: {full} in use, until a session ends")
     return None
+
+
+def _full(login: Login, node: Row[Any], counted: Row[Any]) -> str | None:
+    """What the node has no more of; before the kernel says so."""
+    if login.shortage is not None:
+        return login.shortage
+    if node.capacity is None:
+        return None  # it has just started
+    if counted.sandboxes >= node.capacity["sandboxes"]:
+        return f"{counted.sandboxes} of {node.capacity['sandboxes']} sessions ({node.capacity['bound']})"
+    if counted.users >= node.capacity["users"]:
+        return f"the ids of all {node.capacity['users']} users"
+    return capacity.nested_left(node.capacity["limits"], counted.sandboxes, node.nested or {})
 
 
 async def _until(transaction: AsyncSession, limit: _Limit, used: int, effective: quotas.Effective) -> str:
     """When the one who was refused may try again."""
     if limit.key == "sessions":
-        length = effective.values["session_time"]
+        # Only of the user's own sessions is it known how long they may last.
+        length = effective.values["session_time"] if limit.column == "user_id" else UNLIMITED
         first = select(func.min(TABLE.c.started_at)).where(
             TABLE.c[limit.column] == limit.owner, TABLE.c.ended_at.is_(None)
         )

@@ -118,23 +118,27 @@ class Node(Model):
     version: Mapped[str]
     started_at: Mapped[datetime]
     capacity: Mapped[dict[str, Any] | None]
-    """`sandboxes`, `bound`, `users` and `limits`, as `sandbox_ssh.capacity` has them; None until it is known."""
+    """The fields of `sandbox_ssh.capacity.Capacity`; None until it is known."""
+    nested: Mapped[dict[str, int] | None]
+    """Kind -> namespaces that tenants have made in their sandboxes here, when they were last counted."""
 
 
 class Quotas(Model):
-    """What is set for a tenant, a user, or (with neither) for all; NULL inherits. Removed rows would hide a change."""
+    """What is set for a tenant, a user, or (with neither) for all; NULL inherits."""
 
     __tablename__ = "quotas"
     __table_args__ = (
         CheckConstraint("tenant_id IS NULL OR user_id IS NULL", name="owner"),
         UniqueConstraint("tenant_id"),
         UniqueConstraint("user_id"),
-        Index(None, "changed_at"),
     )
 
     tenant_id: Mapped[int | None] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
     user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
     changed_at: Mapped[datetime] = mapped_column(default=now)
+    revision: Mapped[int] = mapped_column(default=0)
+    """How many changes there had been, this one included. The row of all, which the migration makes and every change
+    locks first, has the latest."""
 
 
 for _key in QUOTAS:
@@ -197,6 +201,8 @@ class Session(Model):
     memory_peak_bytes: Mapped[int | None]
     processes_peak: Mapped[int | None]
     disk_peak_bytes: Mapped[int | None]
+    namespaces_peak: Mapped[dict[str, int] | None]
+    """Kind -> the most that were seen at a time, its own included."""
     network_in: Mapped[int | None]
     """Bytes that came through the uplink, and below, went."""
     network_out: Mapped[int | None]

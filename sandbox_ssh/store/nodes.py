@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 
+from sandbox_ssh.quotas import NAMESPACES
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
-from sandbox_ssh.store.models import Node
+from sandbox_ssh.store.models import Node, Session
 
 
 async def register(database: Database, name: str, mode: str, version: str) -> None:
@@ -21,6 +23,17 @@ async def register(database: Database, name: str, mode: str, version: str) -> No
             .values(name=name, **values)
             .on_conflict_do_update(index_elements=["name"], set_=values)
         )
+
+
+async def count_nested(database: Database, name: str) -> None:
+    """Note how many namespaces the tenants of a node have made in their sandboxes, as they were sampled last."""
+    uses = select(Session.use).where(Session.node == name, Session.ended_at.is_(None))
+    async with database.write() as transaction:
+        found: Counter[str] = Counter()
+        for use in await transaction.scalars(uses):
+            # Without the session's own set, which `capacity.NAMESPACES` has.
+            found.update({key: max(0, count - 1) for key, count in (use or {}).items() if key in NAMESPACES})
+        await transaction.execute(update(Node).where(Node.name == name).values(nested=dict(found)))
 
 
 async def set_capacity(database: Database, name: str, capacity: Mapping[str, Any]) -> None:

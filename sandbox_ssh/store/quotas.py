@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, false, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sandbox_ssh.errors import NotFoundError, QuotaError
+from sandbox_ssh.errors import NotFoundError
 from sandbox_ssh.quotas import QUOTAS, SUMMED, UNLIMITED, check_host
 from sandbox_ssh.store import audit
 from sandbox_ssh.store.columns import now
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row, Table
 
 TABLE = cast("Table", Quotas.__table__)
+_OF_ALL = and_(TABLE.c.user_id.is_(None), TABLE.c.tenant_id.is_(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,14 @@ class Effective:
     """What is set for the tenant and binds the sum of its users."""
 
 
-def owned_by(user: int | None, tenant: int | None) -> Any:
+def owned_by(user: int | None, tenant: int | None) -> ColumnElement[bool]:
     """The rows that have a say for a user of a tenant."""
-    return or_(
-        TABLE.c.user_id == user,
-        TABLE.c.tenant_id == tenant,
-        and_(TABLE.c.user_id.is_(None), TABLE.c.tenant_id.is_(None)),
-    )
+    return or_(_is(TABLE.c.user_id, user), _is(TABLE.c.tenant_id, tenant), _OF_ALL)
+
+
+def _is(column: ColumnElement[Any], number: int | None) -> ColumnElement[bool]:
+    """Not `column == None`, which SQLAlchemy reads as IS NULL."""
+    return false() if number is None else column == number
 
 
 def combine(rows: Sequence[Row[Any]], profile: Mapping[str, int]) -> Effective:
@@ -101,26 +102,28 @@ async def change(database: Database, owner: Owner, values: Mapping[str, int | No
     Raises `NotFoundError` for the owner, `QuotaError` for a value over what any node's host could keep.
     """
     async with database.write() as transaction:
+        # One change at a time: gateways look at the number of the latest, and none may come in behind it.
+        of_all = (await transaction.execute(select(TABLE).where(_OF_ALL).with_for_update())).one()
         user, tenant = await _ids(transaction, owner)
         await _check_hosts(transaction, {key: value for key, value in values.items() if value is not None})
-        # IS NOT DISTINCT FROM, for the row of all has neither.
-        mine = TABLE.c.user_id.is_not_distinct_from(user) & TABLE.c.tenant_id.is_not_distinct_from(tenant)
-        before = (await transaction.execute(select(TABLE).where(mine).with_for_update())).first()
-        changed = {**values, "changed_at": now()}
+        mine = _OF_ALL if owner.kind == "default" else or_(_is(TABLE.c.user_id, user), _is(TABLE.c.tenant_id, tenant))
+        before = (await transaction.execute(select(TABLE).where(mine))).first()
+        changed = {**values, "changed_at": now(), "revision": of_all.revision + 1}
         if before is None:
             await transaction.execute(TABLE.insert().values(user_id=user, tenant_id=tenant, **changed))
         else:
             await transaction.execute(update(TABLE).where(TABLE.c.id == before.id).values(changed))
+        await transaction.execute(update(TABLE).where(_OF_ALL).values(revision=of_all.revision + 1))
         old = before._mapping if before is not None else {}
         detail = {"by": by, "of": str(owner), **{key: [old.get(key), value] for key, value in values.items()}}
         names = {owner.kind: owner.name} if owner.kind != "default" else {}
         await audit.note(transaction, "quota-changed", **names, detail=detail)  # type: ignore[arg-type]
 
 
-async def last_change(database: Database) -> datetime | None:
-    """When a quota was last changed: for a gateway, which asks twice a second."""
+async def revision(database: Database) -> int:
+    """A number that grows with every change: for a gateway, which asks twice a second."""
     async with database.read() as transaction:
-        return await transaction.scalar(select(func.max(Quotas.changed_at)))
+        return await transaction.scalar(select(TABLE.c.revision).where(_OF_ALL)) or 0
 
 
 async def _ids(transaction: AsyncSession, owner: Owner) -> tuple[int | None, int | None]:
@@ -135,14 +138,13 @@ async def _ids(transaction: AsyncSession, owner: Owner) -> tuple[int | None, int
 
 
 async def _check_hosts(transaction: AsyncSession, values: Mapping[str, int]) -> None:
-    """A value makes sense if one of the nodes could keep it; without a node that has started, any does."""
-    first: QuotaError | None = None
-    for capacity in await transaction.scalars(select(Node.capacity).where(Node.capacity.is_not(None))):
-        try:
-            check_host(values, (capacity or {}).get("limits", {}))
-        except QuotaError as error:
-            first = first or error
-        else:
-            return
-    if first is not None:
-        raise first
+    """A value makes sense if one of the nodes could keep it, or all together the sessions.
+
+    Without a node that has started, any does.
+    """
+    nodes = [node for node in await transaction.scalars(select(Node.capacity)) if node]
+    if nodes:
+        most: dict[str, int] = {"sessions": sum(node["sandboxes"] for node in nodes)}
+        for key in {key for node in nodes for key in node["limits"]}:
+            most[key] = max(node["limits"].get(key, 0) for node in nodes)
+        check_host(values, most)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import ColumnElement, Row, bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from sandbox_ssh.quotas import NAMESPACES
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database, insert_or
 from sandbox_ssh.store.models import Session, State, Usage
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 TABLE = cast("Table", Session.__table__)
 SUMS = ("sessions", "refused", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
 _TOTALS = ("cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
+_OF_ONE = ("disk", "inodes", "ptys")
 _PEAKS = ("memory_peak_bytes", "processes_peak", "disk_peak_bytes")
 
 
@@ -36,6 +38,7 @@ class Sample:
     memory_peak_bytes: int = 0
     processes_peak: int = 0
     disk_peak_bytes: int = 0
+    namespaces_peak: dict[str, int] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
     network_in: int = 0
@@ -45,15 +48,22 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Today:
-    """What all sessions of a user or a tenant have used on this day, up to their last samples."""
+class Together:
+    """What all sessions of a user or of a tenant use together, on whichever node, up to their last samples."""
 
     seconds: float = 0.0
+    """On this day; and below, bytes through the network."""
     network: int = 0
+    sessions: int = 0
+    """Live ones."""
+    use: Mapping[str, int] = field(default_factory=dict)
+    """What is in use now, by the quota's name."""
 
 
-async def sample(database: Database, samples: Sequence[Sample]) -> tuple[Mapping[int, Today], Mapping[int, Today]]:
-    """Write samples of live sessions; return the day's sums of the users and tenants they belong to, by number."""
+async def sample(
+    database: Database, samples: Sequence[Sample]
+) -> tuple[Mapping[int, Together], Mapping[int, Together]]:
+    """Write samples of live sessions; return the sums of the users and of the tenants they belong to, by number."""
     at = now()
     given = {one.session: one for one in samples}
     live = select(TABLE).where(TABLE.c.id.in_(given), TABLE.c.ended_at.is_(None)).order_by(TABLE.c.id)
@@ -67,19 +77,30 @@ async def sample(database: Database, samples: Sequence[Sample]) -> tuple[Mapping
             connection = await transaction.connection()
             await connection.execute(update(TABLE).where(TABLE.c.id == bindparam("number")).values(columns), updates)
         await account(transaction, rows, given, at)
-        return await _today(transaction, rows, Usage.user_id), await _today(transaction, rows, Usage.tenant_id)
+        return (
+            await _together(transaction, {row.user_id for row in rows}, TABLE.c.user_id, Usage.user_id),
+            await _together(transaction, {row.tenant_id for row in rows}, TABLE.c.tenant_id, Usage.tenant_id),
+        )
 
 
 def totals(row: Row[Any], given: Sample) -> dict[str, Any]:
     """The new totals of a row: never less than it had."""
-    return {name: max(getattr(row, name) or 0, getattr(given, name)) for name in (*_TOTALS, *_PEAKS)}
+    before = row.namespaces_peak or {}
+    kinds = before.keys() | given.namespaces_peak.keys()
+    return {
+        **{name: max(getattr(row, name) or 0, getattr(given, name)) for name in (*_TOTALS, *_PEAKS)},
+        "namespaces_peak": {kind: max(before.get(kind, 0), given.namespaces_peak.get(kind, 0)) for kind in kinds},
+    }
 
 
 async def account(
     transaction: AsyncSession, rows: Iterable[Row[Any]], given: Mapping[int, Sample], at: datetime | None
 ) -> None:
-    """Add to the day's sums what is new since the rows' last samples; `at` None: nothing is known of the time since."""
-    for row in rows:
+    """Add to the day's sums what is new since the rows' last samples; `at` None: nothing is known of the time since.
+
+    In the order of names, so that no two that do this wait for each other's rows.
+    """
+    for row in sorted(rows, key=lambda row: (row.tenant_name, row.user_name)):
         new = given.get(row.id, Sample(row.id))
         before = row.sampled_at or row.started_at
         sums: dict[str, Any] = {name: max(0, getattr(new, name) - (getattr(row, name) or 0)) for name in _TOTALS}
@@ -107,27 +128,32 @@ async def _add(transaction: AsyncSession, session: Mapping[str, Any], sums: Mapp
     )
 
 
-async def _today(transaction: AsyncSession, rows: Sequence[Row[Any]], owner: Any) -> Mapping[int, Today]:
-    numbers = {getattr(row, owner.key) for row in rows} - {None}
-    if not numbers:
-        return {}
-    query = (
-        select(owner, func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out))
-        .where(owner.in_(numbers), Usage.day == now().date())
-        .group_by(owner)
+async def _together(
+    transaction: AsyncSession, numbers: set[Any], sessions_of: ColumnElement[Any], usage_of: Any
+) -> Mapping[int, Together]:
+    """What the owners of these numbers use, by the columns that say whose a session and a line of usage are."""
+    day = (
+        select(usage_of, func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out))
+        .where(usage_of.in_(numbers - {None}), Usage.day == now().date())
+        .group_by(usage_of)
     )
-    return {number: Today(seconds, int(network)) for number, seconds, network in await transaction.execute(query)}
+    live = select(sessions_of, TABLE.c.use).where(sessions_of.in_(numbers - {None}), TABLE.c.ended_at.is_(None))
+    uses: dict[int, list[Mapping[str, int]]] = {}
+    for number, use in await transaction.execute(live):
+        uses.setdefault(number, []).append(use or {})
+    return {
+        number: Together(seconds, int(network), len(uses.get(number, ())), combine(uses.get(number, ())))
+        for number, seconds, network in await transaction.execute(day)
+    }
 
 
-async def today(database: Database, *, user: int | None = None, tenant: int | None = None) -> Today:
-    """What a user's or a tenant's sessions have used on this day."""
-    mine = Usage.user_id == user if user is not None else Usage.tenant_id == tenant
-    query = select(func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out)).where(
-        mine, Usage.day == now().date()
-    )
-    async with database.read() as transaction:
-        seconds, network = (await transaction.execute(query)).one()
-    return Today(seconds or 0.0, int(network or 0))
+def combine(uses: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """What several sessions use together; of what is bounded for each sandbox, what the one with most uses."""
+    found: dict[str, int] = {}
+    for use in uses:
+        for key, value in use.items():
+            found[key] = max(found.get(key, 0), value) if key in _OF_ONE else found.get(key, 0) + value
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +204,7 @@ async def report(
 
 
 async def in_use(database: Database, *, user: str | None = None, tenant: str | None = None) -> Mapping[str, int]:
-    """What a user's or a tenant's live sessions use together, and what counts by the hour and the day, by quota.
-
-    Of what is bounded for each sandbox (`disk`, `inodes`, `ptys`) the one that has most.
-    """
+    """What a user's or a tenant's live sessions use together, and what counts by the hour and the day, by quota."""
     names = (
         (TABLE.c.user_name, Usage.user_name, user)
         if user is not None
@@ -200,7 +223,12 @@ async def in_use(database: Database, *, user: str | None = None, tenant: str | N
         uses = [use or {} for use in await transaction.scalars(live)]
         logins = await transaction.scalar(lately)
         seconds, network = (await transaction.execute(day)).one()
-    found = {"sessions": len(uses), "logins_per_hour": logins or 0}
-    found |= {"session_time_per_day": int(seconds or 0), "network_per_day": int(network or 0)}
-    found |= {key: sum(use.get(key, 0) for use in uses) for key in ("processes", "memory")}
-    return found | {key: max((use.get(key, 0) for use in uses), default=0) for key in ("disk", "inodes", "ptys")}
+    nothing = dict.fromkeys(("processes", "memory", "disk", "inodes", "ptys", *NAMESPACES), 0)
+    return {
+        **nothing,
+        **combine(uses),
+        "sessions": len(uses),
+        "logins_per_hour": logins or 0,
+        "session_time_per_day": int(seconds or 0),
+        "network_per_day": int(network or 0),
+    }

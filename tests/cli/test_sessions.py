@@ -18,6 +18,7 @@ from sandbox_ssh.cli import session as session_commands
 from sandbox_ssh.store import nodes, sessions, users
 from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import Session, State
+from tests import rows
 from tests.cli.conftest import Command
 
 T = TypeVar("T")
@@ -44,17 +45,11 @@ def do(database_url: str, work: Callable[[Database], Awaitable[T]]) -> T:
 async def admit(database: Database, name: str = "alice", **changed: Any) -> int:
     user = await users.find(database, name) or await users.add(database, name, by="root")
     await nodes.register(database, "one", "service", "0.1")
-    values: dict[str, Any] = {
-        "node": "one", "worker": 0, "client_address": "192.0.2.1", "client_port": 50000, "image": "host",
-        "client_version": "SSH-2.0-OpenSSH_9.2", "auth_method": "publickey", "key_fingerprint": "SHA256:x",
-    }  # fmt: skip
-    return await sessions.admit(database, user=user, **{**values, **changed})
+    return await rows.admit(database, user, **changed)
 
 
 async def finish(database: Database, number: int, reason: str = "exit") -> None:
-    await sessions.close(
-        database, number, reason=reason, exit_status=0, bytes_in=1, bytes_out=2, cpu_seconds=0.5, memory_peak_bytes=4096
-    )
+    await rows.close(database, number, reason, bytes_in=1, bytes_out=2, cpu_seconds=0.5, memory_peak_bytes=4096)
 
 
 async def started(database: Database, number: int, moment: datetime) -> None:

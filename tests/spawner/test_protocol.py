@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 
 from sandbox_ssh.errors import ProtocolError
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.spawner.protocol import Create, Destroy, Signal, Spawn
+from sandbox_ssh.spawner.protocol import Capacity, Create, Destroy, Limit, Measure, Note, Signal, Spawn
 
-CREATE = Create("w0-1", 7, "host", "sandbox", "uplink", 1 << 30, 1000, 1 << 20, 1 << 20, 64)
+CREATE = Create(
+    "w0-1", 7, {"processes": 100, "cpu": 500}, 3, {}, "host", "sandbox", "uplink", 1 << 30, 1000, 64, -1, "QUOTA\n"
+)
 SPAWN = Spawn("w0-1", 0, "echo $HOME", {"LANG": "C.UTF-8"}, None)
 PTY = {"columns": 80, "rows": 24, "width": 0, "height": 0, "modes": [[53, 1], [128, 38400]]}
-VALID = [CREATE, SPAWN, Spawn("w0-1", 1, None, {}, PTY), Signal("w0-1", 0, "TERM"), Destroy("w0-1")]
+VALID = [
+    CREATE, SPAWN, Spawn("w0-1", 1, None, {}, PTY), Signal("w0-1", 0, "TERM"), Destroy("w0-1"),
+    Limit(7, {"net_namespaces": 0}, 3, {"memory": 1 << 40}), Note("w0-1", "QUOTA\n"), Measure("w0-1"), Capacity(),
+]  # fmt: skip
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
@@ -100,7 +105,7 @@ def test_environments_are_environments(environment: Any) -> None:
 
 @pytest.mark.parametrize("value", [True, -1, 2**70, 1.0, "1", None])
 def test_numbers_are_numbers(value: Any) -> None:
-    for request_, field in ((CREATE, "user"), (CREATE, "disk_bytes"), (SPAWN, "channel")):
+    for request_, field in ((CREATE, "user"), (CREATE, "tenant"), (SPAWN, "channel")):
         message = {"request": 1, "type": request_.type, **asdict(request_), field: value}
         with pytest.raises(ProtocolError):
             protocol.decode_request(json.dumps(message).encode())

@@ -17,6 +17,7 @@ from sandbox_ssh.store import audit, nodes, sessions, tenants, users
 from sandbox_ssh.store.columns import clean
 from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import AuditEvent, Session, State, User
+from tests.rows import admit, close
 
 NAMESPACES = {"user": 4026532801, "mnt": 4026532802, "pid": 4026532803}
 HOSTILE = "SSH-2.0-\x1b]0;owned\x07\0\udc80\u202e'; DROP TABLE sessions; --"
@@ -28,19 +29,10 @@ async def alice(database: Database) -> User:
     return await users.add(database, "alice", by="root")
 
 
-async def admit(database: Database, user: User, **changed: Any) -> int:
-    values: dict[str, Any] = {
-        "node": "one", "worker": 0, "client_address": "192.0.2.1", "client_port": 50000, "image": "host",
-        "client_version": "SSH-2.0-OpenSSH_9.2", "auth_method": "publickey", "key_fingerprint": "SHA256:x",
-    }  # fmt: skip
-    return await sessions.admit(database, user=user, **{**values, **changed})
-
-
 async def end(database: Database, number: int, reason: str = "exit") -> bool:
-    return await sessions.close(
-        database, number, reason=reason, exit_status=3, bytes_in=2**40, bytes_out=7, cpu_seconds=0.25,
-        memory_peak_bytes=2**41,
-    )  # fmt: skip
+    return await close(
+        database, number, reason, 3, bytes_in=2**40, bytes_out=7, cpu_seconds=0.25, memory_peak_bytes=2**41
+    )
 
 
 async def test_the_life_of_a_session(database: Database, alice: User) -> None:
@@ -121,7 +113,7 @@ async def test_two_processes_worth_of_writers(database_url: str, database: Datab
 
 
 async def test_an_unknown_node_cannot_admit(database: Database, alice: User) -> None:
-    with pytest.raises(StoreError, match="refused a change"):
+    with pytest.raises(StoreError, match="not registered"):
         await admit(database, alice, node="elsewhere")
 
 
@@ -161,14 +153,13 @@ async def test_open_channels_end_with_their_session(database: Database, alice: U
     assert not await sessions.close_channel(database, number, 0, 0, None)
 
 
-async def test_refusals_are_records_and_events(database: Database, alice: User) -> None:
-    number = await sessions.refuse(
-        database, node="one", worker=0, user=alice, client_address="192.0.2.1", client_port=1,
-        client_version="SSH-2.0-x", auth_method="password", key_fingerprint=None, image="host",
-        reason="refused: no room",
-    )  # fmt: skip
+async def test_refused_by_the_kernel_is_a_record_and_an_event(database: Database, alice: User) -> None:
+    """Admitted, and then the kernel had no room: the row says so."""
+    number = await admit(database, alice)
+    assert await sessions.refused(database, number, "refused: no room")
+    assert not await sessions.refused(database, number, "twice")
     session = await sessions.get(database, number)
-    assert (session.state, session.end_reason) == (State.REFUSED, "refused: no room")
+    assert (session.state, session.refused_by, session.end_reason) == (State.REFUSED, "kernel", "refused: no room")
     assert session.ended_at is not None
     event = await last_event(database)
     assert (event.kind, event.session_id, event.user_name, event.address) == (

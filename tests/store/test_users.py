@@ -12,6 +12,7 @@ from sandbox_ssh.store import nodes, sessions, tenants, users
 from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import AuditEvent, Role
 from sandbox_ssh.store.users import Key
+from tests.rows import admit
 
 KEY = Key("ssh-ed25519", "AAAAC3Nza", "SHA256:" + "a" * 43, "alice@laptop")
 OTHER = Key("ssh-ed25519", "AAAAC3Nzb", "SHA256:" + "b" * 43, "")
@@ -135,10 +136,7 @@ async def test_unknown_users_cost_the_same_hash() -> None:
 async def test_removed_user_leaves_the_records(database: Database) -> None:
     await nodes.register(database, "one", "rootless", "1")
     alice = await users.add(database, "alice", keys=[KEY], by="root")
-    number = await sessions.admit(
-        database, node="one", worker=0, user=alice, client_address="192.0.2.1", client_port=1,
-        client_version="SSH-2.0-x", auth_method="publickey", key_fingerprint=KEY.fingerprint, image="host",
-    )  # fmt: skip
+    number = await admit(database, alice)
     with pytest.raises(StoreError, match=f"sandbox-ssh session kill {number}"):
         await users.remove(database, "alice", by="root")
     await sessions.recover(database, "one", None)
