@@ -45,7 +45,7 @@ QUOTAS: dict[str, Quota] = {
             ("user", 1), ("mnt", 1), ("pid", 1), ("ipc", 1), ("uts", 1), ("net", 1), ("cgroup", 1), ("time", 0),
         )
     },
-    "inotify_instances": Quota("count", 1024, 0, "inotify instances (inotify(7))"),
+    "inotify_instances": Quota("count", 128, 0, "inotify instances (inotify(7))"),
     "inotify_watches": Quota("count", 65536, 0, "inotify watches"),
     "fanotify_groups": Quota("count", 128, 0, "fanotify groups (fanotify(7))"),
     "fanotify_marks": Quota("count", 65536, 0, "fanotify marks"),
@@ -90,6 +90,8 @@ def parse(key: str, text: object) -> int:
         value = _parse(quota.unit, text)
     except (ValueError, OverflowError):
         raise QuotaError(f"{key}: {text!r} is not {_FORMS[quota.unit]}, or `unlimited`") from None
+    if value < 0:
+        raise QuotaError(f"{key}: {text} is negative; no bound is written `unlimited`")
     if value < quota.least:
         raise QuotaError(f"{key}: {render(key, value)} is less than a session needs, {render(key, quota.least)}")
     if value > quota.most:

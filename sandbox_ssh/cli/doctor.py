@@ -88,8 +88,9 @@ def room(config: Config) -> list[Finding]:
         users = host.ids.users(host.ids.subordinate("uid")[1])
     values = {key: quota.default for key, quota in QUOTAS.items()} | config.sandbox.quotas
     found = capacity.read(users, hard, bounded(values))
+    ids = "one id for all users" if users == host.ids.SHARED else f"ids for {users} users at once"
     text = (
-        f"{found.sandboxes} sessions at once, bound by {found.bound}; ids for {found.users} users at once; "
+        f"{found.sandboxes} sessions at once, bound by {found.bound}; {ids}; "
         f"{found.full} users that each use all that {found.full_bound} allows"
     )
     if not found.sandboxes:

@@ -95,6 +95,7 @@ class Session:
         self._in_use: dict[str, int] = {}
         self._peaks: dict[str, int] = {}
         self._namespaces_peak: dict[str, int] = {}
+        self._looked_at = False
         self._made = asyncio.Event()
         self._running: asyncio.Task[bool] | None = None
         self._sandbox_lives = False
@@ -393,6 +394,9 @@ class Session:
         """Once a second: warn of an end that comes near, and end when it has come."""
         if self.clock is None or not self._sandbox_lives or self._end_reason is not None:
             return
+        if not self._looked_at:
+            self._looked_at = True  # long before the first sample, `quota` says what is in use
+            self._worker.spawn_task(self._look())
         self.clock.moved(self.bytes_in + self.bytes_out)
         end = self.clock.end()
         if end is None:
@@ -401,6 +405,10 @@ class Session:
             self.end(f"quota {end.quota}", f"this session has ended: {end} is used up")
         elif (warning := self.clock.warning(end)) is not None:
             self.notice_terminals(warning)
+
+    async def _look(self) -> None:
+        if await self.measure() is not None:
+            await self._post_notes()
 
     def sampled(self, user: Together, tenant: Together) -> None:
         """What all sessions of the user and of the tenant use, just written."""

@@ -135,7 +135,9 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     if channel.recv(1) != b"+":
         return
     _netlink(host.tap_up if network else host.lo_up)
-    socket.send_fds(channel, [b"M"], [os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)])
+    # Of another mount of the same procfs: a descriptor of this one would keep the tenant from unmounting it (EBUSY).
+    proc = sys.open_tree(sys.AT_FDCWD, "/proc", sys.OPEN_TREE_CLONE)
+    socket.send_fds(channel, [b"M"], [os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)])
     reset_signals()
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)

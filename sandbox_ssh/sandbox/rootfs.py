@@ -91,7 +91,7 @@ _QUOTA_COMMAND = f"""\
 #!/bin/sh
 # quota: what you may use, what is in use, and how much time is left. The server keeps this file up to date.
 exec cat {NOTES}
-"""
+""".encode()
 _DIRECTORIES = (
     ("etc", 0o755), ("home", 0o755), ("media", 0o755), ("mnt", 0o755), ("opt", 0o755), ("srv", 0o755),
     ("root", 0o700), ("usr", 0o755), ("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755),
@@ -249,6 +249,8 @@ class Base:
                 continue
             if unpacked and not mapped:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), "mapping the owners of the image's file system")
+            if lower != "skeleton":
+                _add_command(prefix, "usr/local/bin/quota" if unpacked else "local/bin/quota", root)
             self._overlay(prefix, target)
         # From here on every path is the sandbox's: an image's symbolic link leads nowhere else (CVE-2021-30465).
         os.chdir("root")
@@ -366,7 +368,7 @@ def _public(path: Path) -> bool:
 
 
 def _post_notes(text: str, root: int) -> int:
-    """Put up /run/sandbox-ssh/quota and the command that shows it; returns the descriptor to write the file by.
+    """Put up /run/sandbox-ssh/quota; returns the descriptor to write the file by.
 
     A file system of its own: full disks do not stop it, and read-only from the tenant's side only.
     """
@@ -382,7 +384,6 @@ def _post_notes(text: str, root: int) -> int:
     sys.mount_setattr(shown, set_flags=sys.MOUNT_ATTR_RDONLY)
     sys.move_mount(shown, directory)
     os.close(shown)
-    _write_command("/usr/local/bin", "quota", _QUOTA_COMMAND, root)
     return notes
 
 
@@ -393,13 +394,33 @@ def write_notes(fd: int, text: str) -> None:
     os.ftruncate(fd, len(data))
 
 
-def _write_command(directory: str, name: str, text: str, root: int) -> None:
-    """A program for the tenant, unless the image has one of that name there, or no such directory."""
-    with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError):
-        fd = os.open(f"{directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755)
-        os.fchown(fd, root, root)
-        os.write(fd, text.encode())
-        os.close(fd)
+def _add_command(prefix: str, path: str, root: int) -> None:
+    """Put the command `quota` into an overlay's upper layer, unless the image has a file or another directory there.
+
+    Before the overlay is mounted: in it, directories whose owner has no id here could not be written to.
+    """
+    directories = path.split("/")[:-1]
+    here = ""
+    for directory in directories:
+        here = f"{here}/{directory}"
+        try:
+            below = os.lstat(f"{prefix}lower{here}")
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(below.st_mode):  # a link would hide what it leads to
+            return
+    if os.path.lexists(f"{prefix}lower/{path}"):
+        return
+    here = ""
+    for directory in directories:
+        here = f"{here}/{directory}"
+        os.mkdir(f"{prefix}upper{here}")
+        _give(f"{prefix}upper{here}", root, os.lstat(f"{prefix}lower{here}"))
+    fd = os.open(f"{prefix}upper/{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+    os.write(fd, _QUOTA_COMMAND)
+    os.fchown(fd, root, root)
+    os.fchmod(fd, 0o755)
+    os.close(fd)
 
 
 def _write_names(hostname: str, root: int) -> None:

@@ -34,11 +34,13 @@ def test_help_of_every_command_shows_options_examples_and_statuses(command: Comm
 
 def _commands(prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     groups = {"user": ("add", "list", "show", "set", "remove", "passwd"), "session": ("list", "show", "kill"),
-              "tenant": ("add", "list", "show", "set", "remove"), "db": ("upgrade", "status")}  # fmt: skip
+              "tenant": ("add", "list", "show", "set", "remove"), "db": ("upgrade", "status"),
+              "quota": ("set", "unset", "show")}  # fmt: skip
     for group, names in groups.items():
         yield (group,)
         yield from ((group, name) for name in names)
     yield from (("user", "key", name) for name in ("add", "list", "remove"))
+    yield ("usage",)
 
 
 def test_help_loads_no_sqlalchemy() -> None:

@@ -77,9 +77,13 @@ def subordinate(kind: str) -> tuple[int, int]:
     return max(ranges, key=lambda pair: pair[1], default=(0, 0))
 
 
+SHARED = 2**31
+"""As many users as one likes: they share one id."""
+
+
 def users(count: int) -> int:
     """For how many users at once a range of `count` ids has ids of their own; without a range they share one."""
-    return count // SLICE - 1 if count >= _USABLE else 2**31
+    return count // SLICE - 1 if count >= _USABLE else SHARED
 
 
 def _lines(kind: str) -> list[tuple[str, int, int]]:
