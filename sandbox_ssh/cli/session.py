@@ -227,7 +227,7 @@ def _channel_row(channel: Channel) -> tuple[object, ...]:
 def _details(session: Session) -> list[tuple[str, object]]:
     """All of a session's columns, for a person."""
     killed = session.kill_requested_at and f"{output.cell(session.kill_requested_at)} by {session.kill_requested_by}"
-    namespaces = session.namespaces or {}
+    namespaces, peak = session.namespaces or {}, session.namespaces_peak or {}
     return [
         ("id", session.id),
         ("user", session.user_name),
@@ -250,6 +250,7 @@ def _details(session: Session) -> list[tuple[str, object]]:
         ("peak memory", units.size(session.memory_peak_bytes)),
         ("peak processes", session.processes_peak),
         ("peak disk", units.size(session.disk_peak_bytes)),
+        ("peak namespaces", " ".join(f"{kind}:{count}" for kind, count in peak.items()) or None),
         ("network in, out", f"{units.size(session.network_in) or '-'}, {units.size(session.network_out) or '-'}"),
         ("refused by", session.refused_by),
         ("init pid", session.init_pid),
@@ -281,6 +282,7 @@ def _as_json(session: Session) -> dict[str, Any]:
         "memory_peak_bytes": session.memory_peak_bytes,
         "processes_peak": session.processes_peak,
         "disk_peak_bytes": session.disk_peak_bytes,
+        "namespaces_peak": session.namespaces_peak,
         "network_in": session.network_in,
         "network_out": session.network_out,
         "refused_by": session.refused_by,

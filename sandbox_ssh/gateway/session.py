@@ -24,10 +24,10 @@ from sandbox_ssh.errors import RefusedError, SpawnerError, StoreError
 from sandbox_ssh.gateway import limits
 from sandbox_ssh.gateway.channel import OVER_QUOTA, Channel, Refusal
 from sandbox_ssh.gateway.record import Record
-from sandbox_ssh.quotas import SUMMED, kernel_limits
+from sandbox_ssh.quotas import NAMESPACES, QUOTAS, SUMMED, UNLIMITED, kernel_limits
 from sandbox_ssh.spawner import protocol
 from sandbox_ssh.store import admission, quotas, sessions
-from sandbox_ssh.store.usage import Sample, Together
+from sandbox_ssh.store.usage import Sample, Together, combine
 
 if TYPE_CHECKING:
     from sandbox_ssh.gateway.transport import Transport
@@ -174,7 +174,7 @@ class Session:
         except SpawnerError as error:
             log.error("no sandbox could be made", session=self.id, code=error.code, error=str(error))
             if error.code == "limit":
-                reason = f"refused: {error}"
+                reason = f"refused: {await self._limit_reached() or error}"
                 self._record.write(lambda: sessions.refused(self._worker.database, self.id, reason))
                 raise Refusal(reason, OVER_QUOTA) from error
             self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
@@ -185,6 +185,23 @@ class Session:
             lambda: sessions.running(self._worker.database, self.id, reply["init_pid"], reply["namespaces"])
         )
         log.info("session started", session=self.id, user=self._login.user.name, address=self._login.address)
+
+    async def _limit_reached(self) -> str | None:
+        """Which quota it was that the kernel held, for it does not say; None where it was none that can be seen."""
+        assert self.clock is not None
+        user = self._login.user
+        of_tenant = [one for one in self._worker.sessions if one.tenant_id == user.tenant_id]
+        of_user = [one for one in of_tenant if one.user_id == user.id]
+        for of, values, mine in (
+            (f"user {user.name}", self.clock.quotas.values, of_user),
+            (f"tenant {user.tenant.name}", self.clock.quotas.tenant, of_tenant),
+        ):
+            used = combine([sample.use for one in mine if (sample := await one.measure()) is not None])
+            for key in ("processes", *NAMESPACES):
+                count, value = used.get(key, 0), values.get(key, UNLIMITED)
+                if value != UNLIMITED and count + QUOTAS[key].least > value:
+                    return f"quota {key} of {of}: {count} of {value} in use, until one of them is gone"
+        return None
 
     @property
     def user_id(self) -> int:

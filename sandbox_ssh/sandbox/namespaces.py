@@ -82,8 +82,10 @@ def start(
 
 
 def _report(channel: socket.socket, error: BaseException) -> None:
-    known = isinstance(error, OSError)
-    text = f"E{error.errno if known else 0} {error if known else traceback.format_exc(limit=3)}"  # type: ignore[attr-defined]
+    if isinstance(error, OSError):
+        text = f"E{error.errno} {error.filename or error.strerror}"
+    else:
+        text = f"E0 {traceback.format_exc(limit=3)}"
     with contextlib.suppress(OSError):
         channel.send(text.encode(errors="replace")[:2048])
 
@@ -127,6 +129,11 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     die_with_spawner(host.self_pidfd)
     sys.prctl(sys.PR_SET_DUMPABLE, 0)
     sys.join_new_session_keyring()  # else the server's keyring is the tenant's (keyrings(7))
+    # For the spawner, of a mount of its own: a descriptor of the tenant's would keep the tenant from unmounting it
+    # (EBUSY), and open_tree(2) would need one more mount namespace of the tenant's quota.
+    sys.mount("proc", "/proc", "proc", _SPECIAL)
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sys.umount("/proc", sys.MNT_DETACH)
     sys.mount("proc", "/proc", "proc", _SPECIAL)
     sys.mount("sysfs", "/sys", "sysfs", _SPECIAL)
     sys.mount("mqueue", "/dev/mqueue", "mqueue", _SPECIAL)
@@ -135,9 +142,7 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     if channel.recv(1) != b"+":
         return
     _netlink(host.tap_up if network else host.lo_up)
-    # Of another mount of the same procfs: a descriptor of this one would keep the tenant from unmounting it (EBUSY).
-    proc = sys.open_tree(sys.AT_FDCWD, "/proc", sys.OPEN_TREE_CLONE)
-    socket.send_fds(channel, [b"M"], [os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)])
+    socket.send_fds(channel, [b"M"], [proc])
     reset_signals()
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)

@@ -544,8 +544,8 @@ def _code(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EUSERS):
         return (
-            f"a limit on namespaces is reached ({error.filename}): your user's or your tenant's quota, "
-            "see `quota` in a session, or the host's, see `sandbox-ssh doctor`"
+            f"a limit on namespaces is reached ({error.filename}): your user's or your tenant's quota, see `quota` in "
+            "a session, or the host's, which its administrator sees with `sandbox-ssh doctor`"
         )
     if isinstance(error, OSError) and error.errno == errno.EAGAIN:
         return f"a limit on processes is reached ({error.filename}): your user's or your tenant's quota, or the host's"

@@ -15,6 +15,7 @@ PROVE = "ip -4 -o addr show tap0 | grep -q 10.0.2.100 && readlink /proc/self/ns/
 
 
 def test_fifty_clients_in_one_instant_all_get_in(own_server: Server) -> None:
+    own_server.cli("quota", "set", "--user", "ada", "sessions=unlimited")
     own_server.start()
     clients = [own_server.popen("readlink /proc/self/ns/net") for _ in range(50)]
     seen = set()
@@ -27,6 +28,7 @@ def test_fifty_clients_in_one_instant_all_get_in(own_server: Server) -> None:
 
 
 def test_three_hundred_sandboxes_at_once(own_server: Server) -> None:
+    own_server.cli("quota", "set", "--user", "ada", "sessions=unlimited")
     own_server.start()
     clients: list[subprocess.Popen[bytes]] = []
     try:
