@@ -110,6 +110,45 @@ for size in (1000, 8000, 30000):
     assert python(online, script, PUBLIC).split() == ["1000", "8000", "30000"]
 
 
+ECHOES = """
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5)
+while True:
+    for _ in range(100): s.sendto(b"x" * 10000, (sys.argv[1], 7000)); s.recv(65536)
+    if len(sys.argv) == 2: break
+"""
+
+
+def test_bytes_through_the_uplink_are_counted_and_cannot_be_hidden(online: Server, there: StandIn) -> None:
+    """At the tap, where the tenant has no right: not even without interface and address of its own."""
+    python(online, ECHOES, PUBLIC)
+    row = wait_until(lambda: (last := online.latest())["state"] == "closed" and last, "the row")
+    for key in ("network_in", "network_out"):
+        assert 1_000_000 < row[key] < 1_200_000, row
+    command = f"python3 - {PUBLIC}; ip link del tap0; true"
+    assert online.ssh(command, input=ECHOES.encode()).returncode == 0
+    row = wait_until(lambda: (last := online.latest())["state"] == "closed" and last, "the row")
+    assert row["network_in"] > 1_000_000 and row["network_out"] > 1_000_000
+
+
+def test_a_days_network_ends_the_session_and_keeps_the_next_out(online: Server, there: StandIn) -> None:
+    online.cli("user", "add", "grace", "--key", online.directory / "key.pub")
+    online.cli("quota", "set", "--user", "grace", "network_per_day=5M")
+    done = online.ssh(f"python3 - {PUBLIC} on", input=ECHOES.encode(), user="grace")
+    assert done.returncode != 0
+    assert b"this session has ended: quota network_per_day (5M) is used up" in done.stderr
+    wait_until(lambda: online.latest()["end_reason"] == "quota network_per_day", "the row")
+    refused = online.ssh("true", user="grace")
+    assert refused.returncode == 253
+    assert b"refused: quota network_per_day of user grace:" in refused.stderr and b"00:00:00Z" in refused.stderr
+    online.cli("quota", "set", "--user", "grace", "network_per_day=10G")
+    assert b"today are used" not in online.ssh("true", user="grace", options=("-tt",)).stdout
+    used = online.json("quota", "show", "--user", "grace")["network_per_day"]["in_use"]
+    online.cli("quota", "set", "--user", "grace", f"network_per_day={used * 105 // 100}")
+    warned = online.ssh("sleep 2", user="grace", options=("-tt",)).stdout
+    assert b"of today are used: quota network_per_day" in warned
+
+
 def test_what_must_not_be_reached_is_not(online: Server, there: StandIn, here: StandIn) -> None:
     seen, seen_here = len(there.contacts), len(here.contacts)
     private = (LAN, METADATA, HERE_LAN, HERE_PUBLIC, "10.0.2.2", "127.0.0.1")

@@ -8,6 +8,11 @@ from pathlib import Path
 from sandbox_ssh.sandbox.host.finding import Finding, Needs, good, weak
 
 _REMEDY = "Boot with `systemd.unified_cgroup_hierarchy=1` and start sandbox-ssh.service, which asks for delegation."
+# What the quotas `memory`, `cpu` and `cpu_weight` then are.
+_UNHELD = (
+    "Without a memory controller the quota `memory` binds each process by itself (RLIMIT_DATA), and neither their sum "
+    "nor shared memory and files; nothing shares processors by user."
+)
 
 
 def delegation(needs: Needs) -> list[Finding]:
@@ -16,8 +21,7 @@ def delegation(needs: Needs) -> list[Finding]:
         return weak(
             "cgroup",
             "not used in rootless mode",
-            "What makes sandboxes is another host id than yours, and may not divide a cgroup that is delegated to you: "
-            "nothing bounds a sandbox's memory, and its CPU time is read from rusage.",
+            f"What makes sandboxes is not your host id, and may not divide a cgroup delegated to you. {_UNHELD}",
             "Run the server as root (service mode) where sandboxes must not use all of the memory.",
         )
     directory = _mount_point()
@@ -25,14 +29,14 @@ def delegation(needs: Needs) -> list[Finding]:
         return weak(
             "cgroup",
             "no cgroup v2 tree that the server may divide",
-            "Nothing bounds a sandbox's memory, and its CPU time is read from rusage. The other limits hold.",
+            f"{_UNHELD} The other quotas hold.",
             _REMEDY,
         )
     controllers = (directory / "cgroup.controllers").read_text().split()
     found = f"{directory}: {' '.join(controllers) or 'no controllers'}"
     missing = [name for name in ("memory", "cpu", "pids") if name not in controllers]
     if "memory" in missing:
-        return weak("cgroup", found, "CPU time is accounted, but nothing bounds a sandbox's memory.", _REMEDY)
+        return weak("cgroup", found, _UNHELD, _REMEDY)
     if missing:
         return weak(
             "cgroup", found, f"Memory is bounded; the controllers {' and '.join(missing)} are missing.", _REMEDY

@@ -19,6 +19,9 @@ def namespaces(needs: Needs) -> list[Finding]:
 
 def _limit(name: str, value: int, cost: int, sessions: int) -> list[Finding]:
     found = str(value)
+    if cost == 0 and "inotify" in name and value < sessions:
+        meaning = f"Fewer than one for each of {sessions} sandboxes: some users would take them from all others."
+        return weak(name, found, meaning, set_sysctl(name, 4 * sessions))
     if cost == 0:
         return good(name, found, "Sandboxes need none; what their users make counts against it.")
     spare = capacity.SPARE_NAMESPACES if name.endswith("_namespaces") else 0
