@@ -411,7 +411,7 @@ class Session:
         """Once a second: warn of an end that comes near, and end when it has come."""
         if self.clock is None or not self._sandbox_lives or self._end_reason is not None:
             return
-        if not self._looked_at:
+        if not self._looked_at and self._running is not None and self._running.done():
             self._looked_at = True  # long before the first sample, `quota` says what is in use
             self._worker.spawn_task(self._look())
         self.clock.moved(self.bytes_in + self.bytes_out)
