@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sandbox_ssh import quotas
 from sandbox_ssh.cli import context, output
 from sandbox_ssh.cli.context import Context, examples, invoker
+from sandbox_ssh.errors import QuotaError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +26,14 @@ Tenant = Annotated[
 Default = Annotated[bool, typer.Option("--default", help="Of everyone who has nothing nearer.")]
 
 
+def _pairs(incomplete: str) -> list[str]:
+    return [f"{key}=" for key in quotas.QUOTAS if key.startswith(incomplete)]
+
+
+def _keys(incomplete: str) -> list[str]:
+    return [key for key in quotas.QUOTAS if key.startswith(incomplete)]
+
+
 @app.command(
     "set",
     epilog=examples(
@@ -35,14 +45,15 @@ Default = Annotated[bool, typer.Option("--default", help="Of everyone who has no
 @context.command
 def set_(
     here: Context,
-    pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="As `quota show` lists them.")],
+    pairs: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE...", help="As `quota show` lists them.", autocompletion=_pairs),
+    ],
     user: User = None,
     tenant: Tenant = None,
     default: Default = False,
 ) -> None:
     """Set quotas. Live sessions are held to them from now on, for what is created from now on."""
-    from sandbox_ssh import quotas
-    from sandbox_ssh.errors import QuotaError
     from sandbox_ssh.store import quotas as store
 
     owner = _owner(user, tenant, default)
@@ -65,14 +76,14 @@ def set_(
 @context.command
 def unset(
     here: Context,
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="As `quota show` lists them.")],
+    keys: Annotated[
+        list[str], typer.Argument(metavar="KEY...", help="As `quota show` lists them.", autocompletion=_keys)
+    ],
     user: User = None,
     tenant: Tenant = None,
     default: Default = False,
 ) -> None:
     """Let quotas be inherited again."""
-    from sandbox_ssh import quotas
-    from sandbox_ssh.errors import QuotaError
     from sandbox_ssh.store import quotas as store
 
     owner = _owner(user, tenant, default)
@@ -102,8 +113,6 @@ def show(
 
     Of a tenant: what its users inherit; and in the column SUM what binds all of them together.
     """
-    from sandbox_ssh import quotas
-
     owner = _owner(user, tenant, default)
     profile = here.config().sandbox.quotas
     effective, used = here.run(lambda database: _find(database, owner, profile))
@@ -134,18 +143,17 @@ def show(
 
 
 async def _find(database: Database, owner: Owner, profile: Mapping[str, int]) -> tuple[Effective, Mapping[str, int]]:
-    from sandbox_ssh.store import quotas, usage
+    from sandbox_ssh.store import quotas as store
+    from sandbox_ssh.store import usage
 
-    effective = await quotas.of_owner(database, owner, profile)
+    effective = await store.of_owner(database, owner, profile)
     if owner.kind == "default":
         return effective, {}
     return effective, await usage.in_use(database, **{owner.kind: owner.name})
 
 
 def _number(value: int) -> int | None:
-    from sandbox_ssh.quotas import UNLIMITED
-
-    return None if value == UNLIMITED else value
+    return None if value == quotas.UNLIMITED else value
 
 
 def _owner(user: str | None, tenant: str | None, default: bool) -> Any:

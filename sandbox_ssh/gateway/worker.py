@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +58,7 @@ class Worker:
         self.quotas_revision = 0
         """The latest change of quotas that sessions have been told of (`store.quotas.revision`)."""
         self._limits: Mapping[str, int] = {}
+        self._nested = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._load = load
@@ -76,7 +77,12 @@ class Worker:
         await self.database.check_schema()
         await nodes.register(self.database, self.node, self.config.mode, version("sandbox-ssh"))
         await sessions.recover(self.database, self.node, self.number)
-        loops = (self.spawner.keep_connected(), self._watch_orders(), self._sample(), self._tick())
+        loops = (
+            self.spawner.keep_connected(),
+            self._every(ORDERS_POLL, self._watch_orders),
+            self._every(SAMPLE_INTERVAL, self._sample),
+            self._every(1, self._tick),
+        )
         standing = [asyncio.create_task(coroutine) for coroutine in loops]
         servers = [await listener.listen(self, sock) for sock in listening]
         _settle_memory()
@@ -145,59 +151,54 @@ class Worker:
                 users_at_their_quotas=room.full, bound_then=room.full_bound,
             )  # fmt: skip
 
+    async def _every(self, seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+        """Do a step again and again. An error in one is told, and is not the end of them all."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await step()
+            except StoreError as error:
+                log.warning("the database does not answer, trying again", error=str(error))
+            except Exception:
+                log.exception("a step of the gateway's has failed, trying again")
+
     async def _watch_orders(self) -> None:
         """What administrators want of live sessions: that they end, or other quotas."""
-        while True:
-            await asyncio.sleep(ORDERS_POLL)
-            if not self.sessions:
-                continue
-            try:
-                wanted = await sessions.kills_requested(self.database, self.node, self.number)
-                revision = await quotas.revision(self.database)
-            except StoreError as error:
-                log.warning("cannot look for what administrators want", error=str(error))
-                continue
-            for number, by in wanted:
-                for session in [session for session in self.sessions if session.id == number]:
-                    session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
-            if revision != self.quotas_revision:
-                self.quotas_revision = revision
-                await self._change_quotas()
+        if not self.sessions:
+            return
+        for number, by in await sessions.kills_requested(self.database, self.node, self.number):
+            for session in [session for session in self.sessions if session.id == number]:
+                session.end("killed", f"this session was ended by {by}" if by else "this session was ended")
+        revision = await quotas.revision(self.database)
+        if revision != self.quotas_revision:
+            self.quotas_revision = revision  # first: a session that is being admitted looks whether it has changed
+            await self._change_quotas()
 
     async def _change_quotas(self) -> None:
-        users = {(session.user_id, session.tenant_id) for session in self.sessions}
-        for user, tenant in users:
-            try:
+        try:
+            for user, tenant in {(session.user_id, session.tenant_id) for session in self.sessions}:
                 effective = await quotas.effective(self.database, user, tenant, self.config.sandbox.quotas)
-            except StoreError as error:
-                log.error("changed quotas could not be read", error=str(error))
-                return
-            for session in [one for one in self.sessions if (one.user_id, one.tenant_id) == (user, tenant)]:
-                await session.limit(effective)
+                for session in [one for one in self.sessions if (one.user_id, one.tenant_id) == (user, tenant)]:
+                    await session.limit(effective)
+        except BaseException:
+            self.quotas_revision = -1  # to be done again
+            raise
 
     async def _sample(self) -> None:
         """Measure the sessions, write it down, and let each know what its user has used today."""
-        while True:
-            await asyncio.sleep(SAMPLE_INTERVAL)
-            live = {session.id: session for session in self.sessions}
-            samples = [sample for session in live.values() if (sample := await session.measure()) is not None]
-            if not samples:
-                continue
-            try:
-                users, tenants = await usage.sample(self.database, samples)
-                await nodes.count_nested(self.database, self.node)
-            except StoreError as error:
-                log.warning("what sessions use could not be written, trying again", error=str(error))
-                continue
+        live = {session.id: session for session in self.sessions}
+        samples = [sample for session in live.values() if (sample := await session.measure()) is not None]
+        if samples:
+            users, tenants = await usage.sample(self.database, samples)
             for session in [live[sample.session] for sample in samples]:
                 if session.user_id in users and session.tenant_id in tenants:  # else it has ended, or they were removed
                     session.sampled(users[session.user_id], tenants[session.tenant_id])
+        if samples or self._nested:
+            self._nested = await nodes.count_nested(self.database, self.node)
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            for session in list(self.sessions):
-                session.tick()
+        for session in list(self.sessions):
+            session.tick()
 
     async def _shut_down(self, servers: Sequence[asyncio.Server]) -> None:
         """Stop accepting, let sessions end by themselves for a while, then end them, and wait for their records."""

@@ -16,7 +16,7 @@ from sandbox_ssh.store.models import Node, Session
 
 async def register(database: Database, name: str, mode: str, version: str) -> None:
     """Note that a node has started. Sessions can be recorded for registered nodes only."""
-    values = {"mode": mode, "version": version, "started_at": now()}
+    values = {"mode": mode, "version": version, "started_at": now(), "nested": None}
     async with database.write() as transaction:
         await transaction.execute(
             insert_or(transaction, Node)
@@ -25,8 +25,11 @@ async def register(database: Database, name: str, mode: str, version: str) -> No
         )
 
 
-async def count_nested(database: Database, name: str) -> None:
-    """Note how many namespaces the tenants of a node have made in their sandboxes, as they were sampled last."""
+async def count_nested(database: Database, name: str) -> bool:
+    """Note how many namespaces the tenants of a node have made in their sandboxes, as they were sampled last.
+
+    False when there are none.
+    """
     uses = select(Session.use).where(Session.node == name, Session.ended_at.is_(None))
     async with database.write() as transaction:
         found: Counter[str] = Counter()
@@ -34,6 +37,7 @@ async def count_nested(database: Database, name: str) -> None:
             # Without the session's own set, which `capacity.NAMESPACES` has.
             found.update({key: max(0, count - 1) for key, count in (use or {}).items() if key in NAMESPACES})
         await transaction.execute(update(Node).where(Node.name == name).values(nested=dict(found)))
+    return any(found.values())
 
 
 async def set_capacity(database: Database, name: str, capacity: Mapping[str, Any]) -> None:
