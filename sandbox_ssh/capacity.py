@@ -6,6 +6,7 @@ limits of whoever looks. Every sandbox charges what is counted here to the serve
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
     """
     limits = {path.name.removeprefix("max_"): _number(path) for path in Path("/proc/sys/user").glob("max_*")}
     tasks, tasks_bound = _tasks()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_bounds("memory.max")])
     terminals = _number(_KERNEL / "pty/max") - _number(_KERNEL / "pty/reserve")
     room = {
         **{
@@ -77,6 +78,7 @@ def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
     bound = min(room, key=lambda name: room[name])
     most = {
         **limits,
+        "sessions": max(0, room[bound]),
         "processes": tasks,
         "memory": memory,
         "disk": memory,
@@ -84,7 +86,8 @@ def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
         "ptys": terminals,
         "open_files": open_files,
     }
-    each = {key: most[key] // value for key, value in quotas.items() if key in most and key != "open_files" and value}
+    shared = most.keys() - {"sessions", "open_files"}
+    each = {key: most[key] // value for key, value in quotas.items() if key in shared and value}
     full_bound = min(each, key=lambda key: each[key], default="")
     return Capacity(max(0, room[bound]), bound, users, each.get(full_bound, 2**31), full_bound, most)
 
@@ -122,9 +125,21 @@ def shortage() -> str | None:
 
 def _tasks() -> tuple[int, str]:
     """The most processes and threads that the host can have, and the sysctl that says so."""
-    found = {name: _number(_KERNEL / name) for name in ("threads-max", "pid_max")}
+    found = {f"kernel.{name}": _number(_KERNEL / name) for name in ("threads-max", "pid_max")}
+    found["pids.max of the server's cgroup"] = min(_cgroup_bounds("pids.max"), default=2**31)
     name = min(found, key=lambda name: found[name])
-    return found[name], f"kernel.{name}"
+    return found[name], name
+
+
+def _cgroup_bounds(name: str) -> list[int]:
+    """What bounds this process with all others of a service or a container: numbers of its cgroup and those above."""
+    own = next((line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")), "")
+    directory, found = Path("/sys/fs/cgroup", own), []
+    while directory != Path("/sys/fs"):
+        with contextlib.suppress(OSError, ValueError):  # not there: the root of the tree, or a controller is off; `max`
+            found.append(int((directory / name).read_text()))
+        directory = directory.parent
+    return found
 
 
 def _number(path: Path) -> int:

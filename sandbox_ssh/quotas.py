@@ -19,6 +19,8 @@ UNLIMITED = -1
 
 # What the kernel counts in bytes, microseconds and numbers fits 62 bits with room for a sum.
 _MOST = 2**62
+# A moment so far away is still one that a calendar has.
+_YEARS = 10 * 365 * 86400
 
 Unit = Literal["count", "bytes", "seconds", "cores"]
 
@@ -57,10 +59,10 @@ QUOTAS: dict[str, Quota] = {
     "disk": Quota("bytes", 2**30, 2**20, "bytes in the files of one sandbox"),
     "inodes": Quota("count", 100_000, 4096, "files of one sandbox"),
     "ptys": Quota("count", 64, 1, "terminals of one sandbox", most=4096),
-    "session_time": Quota("seconds", UNLIMITED, 1, "length of a session"),
-    "idle_time": Quota("seconds", UNLIMITED, 1, "time without a byte in or out after which a session ends"),
+    "session_time": Quota("seconds", UNLIMITED, 1, "length of a session", most=_YEARS),
+    "idle_time": Quota("seconds", UNLIMITED, 1, "time without a byte in or out that ends a session", most=_YEARS),
     "logins_per_hour": Quota("count", UNLIMITED, 1, "sessions begun within an hour"),
-    "session_time_per_day": Quota("seconds", UNLIMITED, 1, "length of a day's sessions together (UTC)"),
+    "session_time_per_day": Quota("seconds", UNLIMITED, 1, "length of a day's sessions together (UTC)", most=_YEARS),
     "network_per_day": Quota("bytes", UNLIMITED, 1, "bytes of a day through the network, both ways (UTC)"),
     "locked_memory": Quota("bytes", 8 * 2**20, 0, "memory locked with mlock(2)"),
     "message_queues": Quota("bytes", 819_200, 0, "POSIX message queues (mq_overview(7))"),
@@ -86,12 +88,12 @@ def parse(key: str, text: object) -> int:
         if key == "cpu_weight":
             raise QuotaError("cpu_weight: a share is a number from 1 to 10000")
         return UNLIMITED
+    if isinstance(text, (str, int, float)) and str(text).strip().startswith("-"):
+        raise QuotaError(f"{key}: {text} is negative; no bound is written `unlimited`")
     try:
         value = _parse(quota.unit, text)
     except (ValueError, OverflowError):
         raise QuotaError(f"{key}: {text!r} is not {_FORMS[quota.unit]}, or `unlimited`") from None
-    if value < 0:
-        raise QuotaError(f"{key}: {text} is negative; no bound is written `unlimited`")
     if value < quota.least:
         raise QuotaError(f"{key}: {render(key, value)} is less than a session needs, {render(key, quota.least)}")
     if value > quota.most:

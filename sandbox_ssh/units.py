@@ -6,19 +6,19 @@ import re
 
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhd])", re.ASCII)
+_PART = r"([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhd])"
+_DURATION = re.compile(rf"{_PART}(?:\s*{_PART})*", re.ASCII)
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", re.ASCII)
 
 
 def parse_duration(text: object) -> float:
-    """Seconds of `"500ms"`, `"30s"`, `"10m"`, `"2h"` or `"7d"`.
+    """Seconds of `"500ms"`, `"30s"`, `"10m"`, `"1h 30m"` or `"7d"`.
 
     Raises `ValueError` for anything else; a bare number too, as nobody can see its unit.
     """
-    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
+    if not isinstance(text, str) or _DURATION.fullmatch(text.strip()) is None:
         raise ValueError('a duration is a number and a unit, such as "30s", "10m" or "2h"')
-    return float(match[1]) * _SECONDS[match[2]]
+    return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text, re.ASCII))
 
 
 def parse_size(text: object) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sandbox_ssh.store import admission, sessions
+from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import User
 from sandbox_ssh.store.usage import Sample
@@ -28,4 +29,6 @@ async def admit(database: Database, user: User, *, profile: Mapping[str, int] = 
 
 
 async def close(database: Database, number: int, reason: str = "exit", exit_status: int = 0, **used: Any) -> bool:
-    return await sessions.close(database, number, reason=reason, exit_status=exit_status, used=Sample(number, **used))
+    return await sessions.close(
+        database, number, reason=reason, exit_status=exit_status, used=Sample(number, **used), ended=now()
+    )

@@ -133,7 +133,7 @@ def test_values_with_units(tmp_path: Path) -> None:
         ("[server]\nshutdown_timeout = '-1s'", "server.shutdown_timeout: a duration is a number and a unit"),
         ("[sandbox]\ndisk = '1G'", "sandbox.disk is not a key of the configuration; it is a quota"),
         ("[sandbox.quotas]\ndisk = 'much'", "sandbox.quotas: disk: 'much' is not a size"),
-        ("[sandbox.quotas]\ndisk = -1", "sandbox.quotas: disk: -1 is not a size"),
+        ("[sandbox.quotas]\ndisk = -1", "sandbox.quotas: disk: -1 is negative"),
         ("[sandbox.quotas]\nprocesses = 2", "sandbox.quotas: processes: 2 is less than a session needs, 8"),
         ("[sandbox.quotas]\nmemry = '1G'", "sandbox.quotas: there is no quota 'memry'; did you mean memory?"),
         ("[sandbox]\nquotas = 3", "sandbox.quotas: quotas are KEY = VALUE"),

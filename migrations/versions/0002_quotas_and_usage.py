@@ -27,6 +27,7 @@ def upgrade() -> None:
     create_quotas()
     extend_sessions()
     create_usage()
+    op.add_column("nodes", sa.Column("beats", ID, nullable=False, server_default="0"))
     op.add_column("nodes", sa.Column("capacity", DOCUMENT))
     op.add_column("nodes", sa.Column("nested", DOCUMENT))
 
@@ -57,7 +58,7 @@ def extend_sessions() -> None:
         op.add_column("sessions", sa.Column(name, ID))
     op.add_column("sessions", sa.Column("namespaces_peak", DOCUMENT))
     op.add_column("sessions", sa.Column("use", DOCUMENT))
-    op.add_column("sessions", sa.Column("sampled_at", TIME))
+    op.add_column("sessions", sa.Column("seconds", sa.Double()))
     # What admission counts: the live sessions of a user, a tenant, a node, whatever the number of the past ones.
     for column in ("user_id", "tenant_id", "node"):
         op.create_index(f"ix_sessions_live_{column}", "sessions", [column], sqlite_where=OPEN, postgresql_where=OPEN)
@@ -97,6 +98,7 @@ def create_usage() -> None:
 
 def downgrade() -> None:
     op.drop_table("usage")
+    op.drop_column("nodes", "beats")
     op.drop_column("nodes", "capacity")
     op.drop_column("nodes", "nested")
     op.create_index("ix_sessions_user_id", "sessions", ["user_id"])
@@ -111,7 +113,7 @@ def downgrade() -> None:
         "network_out",
         "namespaces_peak",
         "use",
-        "sampled_at",
+        "seconds",
     ):
         op.drop_column("sessions", name)
     op.drop_table("quotas")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from sandbox_ssh import units
@@ -45,11 +46,12 @@ class Clock:
     active: float = field(default_factory=time.monotonic)
     """When a byte last went in or out."""
     sampled: float = field(default_factory=time.monotonic)
-    """When the next two were looked up."""
+    """When the next three were looked up."""
+    day: date = field(default_factory=lambda: datetime.now(UTC).date())
     user: Together = field(default_factory=Together)
     tenant: Together = field(default_factory=Together)
     _bytes: int = 0
-    _warned: dict[str, float] = field(default_factory=dict)
+    _warned: dict[tuple[str, bool], float] = field(default_factory=dict)
     _near: set[tuple[str, bool]] = field(default_factory=set)
 
     def moved(self, total: int) -> None:
@@ -58,19 +60,20 @@ class Clock:
             self._bytes, self.active = total, time.monotonic()
 
     def end(self) -> End | None:
-        """The nearest end that is known of."""
-        return min(self._ends(), key=lambda end: end.seconds, default=None)
+        """The nearest end that comes whatever the user does."""
+        return min((end for end in self.ends() if end.quota != "idle_time"), key=lambda end: end.seconds, default=None)
 
-    def _ends(self) -> Iterator[End]:
+    def ends(self) -> Iterator[End]:
         now, values = time.monotonic(), self.quotas.values
         for quota, since in (("session_time", self.started), ("idle_time", self.active)):
             if values[quota] != UNLIMITED:
                 yield End(quota, since + values[quota] - now, values[quota])
         for quota, value, together, of_tenant in self._daily():
             if quota == "session_time_per_day":
-                # As many seconds pass in a second as there are sessions.
+                # As many seconds pass in a second as there are sessions; and at midnight there are all of them again.
                 left = (value - together.seconds) / max(1, together.sessions) - (now - self.sampled)
-                yield End(quota, left, value, of_tenant)
+                if left < _until_midnight():
+                    yield End(quota, left, value, of_tenant)
             elif together.network >= value:
                 yield End(quota, 0, value, of_tenant)
 
@@ -80,20 +83,25 @@ class Clock:
             (self.quotas.values, self.user, False),
             (self.quotas.tenant, self.tenant, True),
         ):
+            if self.day != datetime.now(UTC).date():
+                together = Together(sessions=together.sessions)  # of yesterday, until the next sample
             for quota in ("session_time_per_day", "network_per_day"):
                 if values.get(quota, UNLIMITED) != UNLIMITED:
                     yield quota, values[quota], together, of_tenant
 
     def warning(self, end: End) -> str | None:
         """What is to be said of an end that comes nearer, once at each of `WARNINGS`."""
-        passed = [seconds for seconds in WARNINGS if end.seconds <= seconds]
-        told = self._warned.get(end.quota)
+        which = (end.quota, end.of_tenant)
+        moments = [seconds for seconds in WARNINGS if seconds < end.value]
+        if not moments and end.quota != "idle_time":
+            moments = [end.value]  # of a session that short, its beginning
+        passed = [seconds for seconds in moments if end.seconds <= seconds]
+        told = self._warned.pop(which, math.inf)
         if not passed:
-            self._warned.pop(end.quota, None)  # the quota was raised, or a key was pressed
+            return None  # the quota was raised, or a key was pressed
+        self._warned[which] = passed[-1]
+        if told <= passed[-1]:
             return None
-        if told is not None and told <= passed[-1]:
-            return None
-        self._warned[end.quota] = passed[-1]
         return f"this session ends in {units.duration(end.seconds)}: {end}"
 
     def near(self) -> list[str]:
@@ -107,13 +115,19 @@ class Clock:
         return found
 
 
+def _until_midnight() -> float:
+    now = datetime.now(UTC)
+    return 86400 - (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
+
+
 def notes(clock: Clock, use: Mapping[str, int]) -> str:
     """The text of /run/sandbox-ssh/quota: what this user may use, uses, and how long it may last."""
     effective, end = clock.quotas, clock.end()
     lines = [("QUOTA", "LIMIT", "IN USE")]
     for key in QUOTAS:
+        bounds = [values[key] for values in (effective.values, effective.tenant) if values.get(key, -1) != UNLIMITED]
         used = render(key, use[key]) if key in use else "-"
-        lines.append((key, render(key, effective.values[key]), used))
+        lines.append((key, render(key, min(bounds, default=UNLIMITED)), used))
     width = max(len(line[0]) for line in lines)
     middle = max(len(line[1]) for line in lines)
     table = [f"{name:<{width}}  {limit:>{middle}}  {used:>8}" for name, limit, used in lines]
@@ -122,4 +136,7 @@ def notes(clock: Clock, use: Mapping[str, int]) -> str:
     else:
         moment = datetime.now(UTC) + timedelta(seconds=max(0, end.seconds))
         last = f"time left: {units.duration(end.seconds)}, until {moment:%Y-%m-%d %H:%M:%SZ}: {end}"
+    idle = effective.values["idle_time"]
+    if idle != UNLIMITED:
+        last += f"; or {render('idle_time', idle)} without a key pressed or a byte of output"
     return "\n".join([*table, last, ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import chain, repeat
 from typing import Any
 
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from sandbox_ssh.errors import StoreError
 
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
-"""Seconds between the attempts: half a minute in all. A row left open longer is closed by the next `recover`."""
+"""Seconds between the attempts: half a minute in all, or the last one for ever."""
 
 log = structlog.get_logger()
 
@@ -25,16 +26,16 @@ class Record:
         self._spawn_task = spawn_task
         self._last: asyncio.Task[bool] | None = None
 
-    def write(self, statement: Statement) -> asyncio.Task[bool]:
+    def write(self, statement: Statement, *, for_ever: bool = False) -> asyncio.Task[bool]:
         """Write after all that was given before; the task's result says whether it was written."""
-        self._last = self._spawn_task(_write(self._last, statement))
+        self._last = self._spawn_task(_write(self._last, statement, for_ever))
         return self._last
 
 
-async def _write(before: asyncio.Task[bool] | None, statement: Statement) -> bool:
+async def _write(before: asyncio.Task[bool] | None, statement: Statement, for_ever: bool) -> bool:
     if before is not None:
         await asyncio.wait([before])
-    for pause in PAUSES:
+    for pause in chain(PAUSES, repeat(PAUSES[-1]) if for_ever else ()):
         try:
             await statement()
         except StoreError as error:

@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
@@ -26,8 +27,8 @@ from sandbox_ssh.gateway.channel import OVER_QUOTA, Channel, Refusal
 from sandbox_ssh.gateway.record import Record
 from sandbox_ssh.quotas import NAMESPACES, QUOTAS, SUMMED, UNLIMITED, kernel_limits
 from sandbox_ssh.spawner import protocol
-from sandbox_ssh.store import admission, quotas, sessions
-from sandbox_ssh.store.usage import Sample, Together, combine
+from sandbox_ssh.store import admission, quotas, sessions, usage
+from sandbox_ssh.store.usage import Sample, Together
 
 if TYPE_CHECKING:
     from sandbox_ssh.gateway.transport import Transport
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 1.0
 """Seconds that a client gets to show a sentence and leave before it is disconnected."""
+
+CHANNEL_WITHIN = 5.0
+"""Seconds that one who is turned away gets to open the channel on which that can be said."""
 
 RECORDED_WITHIN = 5.0
 """Seconds that the first byte of a session waits for its row."""
@@ -96,6 +100,8 @@ class Session:
         self._peaks: dict[str, int] = {}
         self._namespaces_peak: dict[str, int] = {}
         self._looked_at = False
+        self._ended_at = datetime.now(UTC)
+        self._lasted: float | None = None
         self._made = asyncio.Event()
         self._running: asyncio.Task[bool] | None = None
         self._sandbox_lives = False
@@ -145,7 +151,7 @@ class Session:
             log.error("a session could not be recorded and was refused", user=login.user.name, error=str(error))
             raise Refusal("this server cannot record sessions at the moment; try again later") from error
         used = admitted.in_use
-        self._in_use = {**used, **{key: used[key] + 1 for key in ("sessions", "logins_per_hour") if key in used}}
+        self._in_use = {key: used[key] for key in used if key != "logins_per_hour"} | {"sessions": used["sessions"] + 1}
         self.clock = limits.Clock(effective)
         self.clock.user = Together(
             used.get("session_time_per_day", 0), used.get("network_per_day", 0), self._in_use["sessions"]
@@ -174,9 +180,9 @@ class Session:
         except SpawnerError as error:
             log.error("no sandbox could be made", session=self.id, code=error.code, error=str(error))
             if error.code == "limit":
-                reason = f"refused: {await self._limit_reached() or error}"
+                reason = await self._limit_reached() or str(error)
                 self._record.write(lambda: sessions.refused(self._worker.database, self.id, reason))
-                raise Refusal(reason, OVER_QUOTA) from error
+                raise Refusal(f"refused: {reason}", OVER_QUOTA) from error
             self._end_reason = "server-failure" if error.code == "ended" else "sandbox-failure"
             raise Refusal(f"no sandbox could be made for you: {error}") from error
         self._sandbox_lives = True
@@ -189,18 +195,20 @@ class Session:
     async def _limit_reached(self) -> str | None:
         """Which quota it was that the kernel held, for it does not say; None where it was none that can be seen."""
         assert self.clock is not None
-        user = self._login.user
-        of_tenant = [one for one in self._worker.sessions if one.tenant_id == user.tenant_id]
-        of_user = [one for one in of_tenant if one.user_id == user.id]
-        for of, values, mine in (
-            (f"user {user.name}", self.clock.quotas.values, of_user),
-            (f"tenant {user.tenant.name}", self.clock.quotas.tenant, of_tenant),
-        ):
-            used = combine([sample.use for one in mine if (sample := await one.measure()) is not None])
+        worker, user = self._worker, self._login.user
+        mine = [one for one in worker.sessions if one.tenant_id == user.tenant_id]
+        samples = [sample for one in mine if (sample := await one.measure()) is not None]
+        try:
+            await usage.sample(worker.database, worker.node, samples)
+            together = await usage.of_user(worker.database, worker.node, user.id, user.tenant_id)
+        except StoreError:
+            return None
+        of = (f"user {user.name}", f"tenant {user.tenant.name}")
+        for whose, values, used in zip(of, (self.clock.quotas.values, self.clock.quotas.tenant), together, strict=True):
             for key in ("processes", *NAMESPACES):
-                count, value = used.get(key, 0), values.get(key, UNLIMITED)
+                count, value = used.use.get(key, 0), values.get(key, UNLIMITED)
                 if value != UNLIMITED and count + QUOTAS[key].least > value:
-                    return f"quota {key} of {of}: {count} of {value} in use, until one of them is gone"
+                    return f"quota {key} of {whose}: {count} of {value} in use, until one of them is gone"
         return None
 
     @property
@@ -326,7 +334,8 @@ class Session:
     def _leave(self, sentence: str) -> None:
         """Disconnect a client that does not leave by itself when its channels are closed."""
         loop = asyncio.get_running_loop()
-        loop.call_later(LAST_WORDS, self._transport.disconnect, asyncssh.DISC_SERVICE_NOT_AVAILABLE, sentence)
+        patience = LAST_WORDS if self._next_channel else CHANNEL_WITHIN
+        loop.call_later(patience, self._transport.disconnect, asyncssh.DISC_SERVICE_NOT_AVAILABLE, sentence)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._end_reason is None:
@@ -344,6 +353,7 @@ class Session:
                 await self._worker.spawner.request(protocol.Destroy(self.sandbox))
 
     async def _finish(self) -> None:
+        self._ended_at, self._lasted = datetime.now(UTC), self._seconds()
         await asyncio.wait([self._starting])
         if self._running is not None:
             await self._destroy()
@@ -353,7 +363,8 @@ class Session:
                 self._worker.spawner.forget(self.sandbox)
                 log.error("the spawner does not say what became of a sandbox", session=self.id)
         if self.id:
-            await self._record.write(self._close_row)
+            # However long the database is away: a row that stays open takes a place of its user's.
+            await self._record.write(self._close_row, for_ever=True)
         log.info("session ended", session=self.id, reason=self._end_reason, user=self._login.user.name)
         self._worker.session_over(self)
 
@@ -365,7 +376,14 @@ class Session:
             reason=self._end_reason,
             exit_status=self._exit_status,
             used=self._sample(self._usage),
+            ended=self._ended_at,
         )
+
+    def _seconds(self) -> float:
+        """How long it has lasted, or had lasted when its connection ended."""
+        if self._lasted is not None:
+            return self._lasted
+        return time.monotonic() - self.clock.started if self.clock is not None else 0.0
 
     # What is used, and how long it may go on.
 
@@ -395,6 +413,7 @@ class Session:
         self._in_use |= use
         return Sample(
             session=self.id,
+            seconds=self._seconds(),
             cpu_seconds=measured.get("cpu_seconds", 0.0),
             memory_peak_bytes=max(measured.get("memory_peak_bytes", 0), self._peaks["memory"]),
             processes_peak=self._peaks["processes"],
@@ -408,20 +427,19 @@ class Session:
         )
 
     def tick(self) -> None:
-        """Once a second: warn of an end that comes near, and end when it has come."""
+        """Once a second: warn of ends that come near, and end when one has come."""
         if self.clock is None or not self._sandbox_lives or self._end_reason is not None:
             return
         if not self._looked_at and self._running is not None and self._running.done():
             self._looked_at = True  # long before the first sample, `quota` says what is in use
             self._worker.spawn_task(self._look())
         self.clock.moved(self.bytes_in + self.bytes_out)
-        end = self.clock.end()
-        if end is None:
-            return
-        if end.seconds <= 0:
-            self.end(f"quota {end.quota}", f"this session has ended: {end} is used up")
-        elif (warning := self.clock.warning(end)) is not None:
-            self.notice_terminals(warning)
+        for end in self.clock.ends():
+            if end.seconds <= 0:
+                self.end(f"quota {end.quota}", f"this session has ended: {end} is used up")
+                return
+            if (warning := self.clock.warning(end)) is not None:
+                self.notice_terminals(warning)
 
     async def _look(self) -> None:
         if await self.measure() is not None:
@@ -431,7 +449,8 @@ class Session:
         """What all sessions of the user and of the tenant use, just written."""
         if self.clock is None:
             return
-        self.clock.sampled, self.clock.user, self.clock.tenant = time.monotonic(), user, tenant
+        self.clock.sampled, self.clock.day = time.monotonic(), datetime.now(UTC).date()
+        self.clock.user, self.clock.tenant = user, tenant
         # Of what is bounded for each sandbox, `quota` shows this one's.
         self._in_use |= {key: value for key, value in user.use.items() if key in SUMMED}
         self._in_use |= {
@@ -448,7 +467,10 @@ class Session:
             self.notice_terminals(sentence)
 
     async def limit(self, quotas: Effective) -> None:
-        """Quotas of the user or the tenant have changed: hold to them from now on."""
+        """Quotas of the user or the tenant have changed: hold to them from now on.
+
+        Raises `SpawnerError` where the kernel could not be told.
+        """
         if self.clock is None:
             return
         self.clock.quotas = quotas
@@ -458,7 +480,8 @@ class Session:
         try:
             await self._worker.spawner.request(request)
         except SpawnerError as error:
-            log.error("changed quotas could not be put into force", session=self.id, error=str(error))
+            if error.code != "ended":
+                raise
         await self._post_notes()
 
     async def _post_notes(self) -> None:

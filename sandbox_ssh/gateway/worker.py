@@ -8,8 +8,10 @@ import gc
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +38,12 @@ ORDERS_POLL = 0.5
 SAMPLE_INTERVAL = 10.0
 """Seconds between two measurements of every session: the most that a crash makes the accounts forget."""
 
+BEAT_INTERVAL, DEAD_AFTER = 10.0, 120.0
+"""Seconds between two signs of life of a node, and without one after which the others take it for dead."""
+
+SWEEP_INTERVAL = 60.0
+"""Seconds between two looks for records that nobody would close."""
+
 RECORDS_WITHIN = 10.0
 """Seconds that the last records of a server that shuts down may take."""
 
@@ -59,6 +67,7 @@ class Worker:
         """The latest change of quotas that sessions have been told of (`store.quotas.revision`)."""
         self._limits: Mapping[str, int] = {}
         self._nested = False
+        self._beats: dict[str, tuple[int, float]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._load = load
@@ -82,6 +91,8 @@ class Worker:
             self._every(ORDERS_POLL, self._watch_orders),
             self._every(SAMPLE_INTERVAL, self._sample),
             self._every(1, self._tick),
+            self._every(BEAT_INTERVAL, self._beat),
+            self._every(SWEEP_INTERVAL, self._sweep),
         )
         standing = [asyncio.create_task(coroutine) for coroutine in loops]
         servers = [await listener.listen(self, sock) for sock in listening]
@@ -157,8 +168,8 @@ class Worker:
             await asyncio.sleep(seconds)
             try:
                 await step()
-            except StoreError as error:
-                log.warning("the database does not answer, trying again", error=str(error))
+            except (StoreError, SpawnerError) as error:
+                log.warning("a step of the gateway's has failed, trying again", error=str(error))
             except Exception:
                 log.exception("a step of the gateway's has failed, trying again")
 
@@ -189,12 +200,36 @@ class Worker:
         live = {session.id: session for session in self.sessions}
         samples = [sample for session in live.values() if (sample := await session.measure()) is not None]
         if samples:
-            users, tenants = await usage.sample(self.database, samples)
+            found = await usage.sample(self.database, self.node, samples)
             for session in [live[sample.session] for sample in samples]:
-                if session.user_id in users and session.tenant_id in tenants:  # else it has ended, or they were removed
-                    session.sampled(users[session.user_id], tenants[session.tenant_id])
+                if session.id in found.sessions:
+                    session.sampled(found.users[session.user_id], found.tenants[session.tenant_id])
+                else:  # unless it has just ended by itself
+                    session.end("server-failure", "its record was closed, for this server seemed to be dead")
         if samples or self._nested:
             self._nested = await nodes.count_nested(self.database, self.node)
+
+    async def _beat(self) -> None:
+        """Say that this node lives, and close the records of one that does not.
+
+        Beats are compared by our own clock: those of two hosts need not agree.
+        """
+        moment = time.monotonic()
+        for node, beats in (await nodes.beat(self.database, self.node)).items():
+            heard, when = self._beats.get(node, (-1, moment))
+            if node == self.node or beats != heard:
+                self._beats[node] = beats, moment
+            elif moment - when > DEAD_AFTER and self.number == 0:
+                self._beats[node] = beats, moment
+                if lost := await sessions.recover(self.database, node, None):
+                    log.warning("a node has died, and its sessions' records are closed", node=node, sessions=lost)
+
+    async def _sweep(self) -> None:
+        """Close records of this worker that nobody would: of a login that was written and not answered, say."""
+        known = {session.id for session in self.sessions}
+        before = datetime.now(UTC) - timedelta(seconds=SWEEP_INTERVAL)
+        if lost := await sessions.recover(self.database, self.node, self.number, known=known, before=before):
+            log.warning("records of sessions that are not there are closed", sessions=lost)
 
     async def _tick(self) -> None:
         for session in list(self.sessions):

@@ -10,6 +10,7 @@ they nest, and nobody below can reach H to raise it. G binds the sum of the tena
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -66,14 +67,17 @@ class Holders:
         self._users: dict[tuple[int, int], Holder] = {}
         self._tenants: dict[int, Tenant] = {}
 
-    def hold(self, user: int, tenant: int, user_limits: Limits, tenant_limits: Limits) -> Holder:
-        """The user's holder with these limits in it, for one more sandbox. Raises `SandboxError` or `OSError`."""
+    def hold(self, user: int, tenant: int, user_limits: Limits, tenant_limits: Limits, *, fresh: bool) -> Holder:
+        """The user's holder for one more sandbox, with these limits in it where they are `fresh` or it is new.
+
+        Raises `SandboxError` or `OSError`.
+        """
         held = self._users.get((tenant, user))
         if held is None:
-            above = self._tenant(tenant, tenant_limits)
+            above = self._tenant(tenant, tenant_limits, fresh)
             held = self._new_user(user, above, user_limits)
             self._users[tenant, user] = held
-        else:
+        elif fresh:
             self.limit(user, tenant, user_limits, tenant_limits)
         held.sandboxes += 1
         return held
@@ -88,7 +92,9 @@ class Holders:
         held.tenant.users -= 1
         if held.tenant.users:
             if "user_namespaces" in held.tenant.limits:
-                self._rewrite_tenant(held.tenant)
+                # Where that fails, for want of a process perhaps, G has one to spare until it is written again.
+                with contextlib.suppress(OSError, SandboxError):
+                    self._rewrite_tenant(held.tenant, held.tenant.limits)
             return
         self._tenants[held.tenant.number] = self._tenants.pop(held.tenant.number)  # the last to have been in use
         idle = [tenant for tenant in self._tenants.values() if not tenant.users]
@@ -102,25 +108,29 @@ class Holders:
         under: they count for the next sandbox (a user's) and the next holder (a tenant's).
         """
         above = self._tenants.get(tenant)
-        if above is not None and above.limits != tenant_limits:
-            above.limits = tenant_limits
-            self._rewrite_tenant(above)
+        if above is not None:
+            self._limit_tenant(above, tenant_limits)
         held = self._users.get((tenant, user))
         if held is not None and held.limits != user_limits:
-            held.limits = user_limits
             self._inside(held.userns, lambda: limits_.write_sysctls(user_limits, new=False))
+            held.limits = user_limits  # not before: what failed is tried again
 
-    def _rewrite_tenant(self, tenant: Tenant) -> None:
-        self._inside(tenant.userns, lambda: limits_.write_sysctls(tenant.limits, new=False, overhead=tenant.users))
+    def _limit_tenant(self, tenant: Tenant, limits: Limits) -> None:
+        if tenant.limits != limits:
+            self._rewrite_tenant(tenant, limits)
+            tenant.limits = limits
 
-    def _tenant(self, number: int, limits: Limits) -> Tenant:
+    def _rewrite_tenant(self, tenant: Tenant, limits: Limits) -> None:
+        self._inside(tenant.userns, lambda: limits_.write_sysctls(limits, new=False, overhead=tenant.users))
+
+    def _tenant(self, number: int, limits: Limits, fresh: bool) -> Tenant:
         found = self._tenants.get(number)
         if found is None:
             userns = new_user_namespace(self._plan.tenant, self._plan.groups)
             found = self._tenants[number] = Tenant(number, userns, {})
-        if found.limits != limits:
-            found.limits = limits
-            self._rewrite_tenant(found)
+            fresh = True
+        if fresh:
+            self._limit_tenant(found, limits)
         return found
 
     def _new_user(self, user: int, above: Tenant, limits: Limits) -> Holder:

@@ -295,32 +295,30 @@ class Spawner:
             raise Refusal("limit", f"a gateway has at most {MAX_SANDBOXES} sandboxes at a time")
         if request.image != HOST_IMAGE and not self._host.base.has_image(request.image):
             raise Refusal("unknown", f"there is no image {request.image}: see `sandbox-ssh image list`")
-        sandbox = await self._again(lambda: self._make(connection, request))
+        sandbox = await self._again(lambda fresh: self._make(connection, request, fresh))
         inodes = {kind: os.stat(f"/proc/{sandbox.init}/ns/{kind}").st_ino for kind in NAMESPACES}
         if sandbox.state != "starting":
             raise Refusal("ended", "the sandbox ended while it was being made")
         sandbox.state = "running"
         return {"init_pid": sandbox.init, "namespaces": inodes}
 
-    async def _again(self, make: Callable[[], Coroutine[Any, Any, Sandbox]]) -> Sandbox:
-        """Try once more, for a moment, what a limit forbids."""
-        for pause in AGAIN:
+    async def _again(self, make: Callable[[bool], Coroutine[Any, Any, Sandbox]]) -> Sandbox:
+        """Try once more, for a moment, what a limit forbids. The request's own limits are fresh the first time only."""
+        for number, pause in enumerate(AGAIN):
             try:
-                return await make()
+                return await make(number == 0)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
             await self.loop.sleep(pause)
-        return await make()
+        return await make(False)
 
-    async def _make(self, connection: Connection, request: Create) -> Sandbox:
+    async def _make(self, connection: Connection, request: Create, fresh: bool) -> Sandbox:
         if request.sandbox in self._names or not connection.open:  # also: the one before has not gone yet
             raise Refusal("exists", f"a sandbox {request.sandbox} is live")
-        held = self._hold(request)
+        held = self._hold(request, fresh)
         try:
-            leaf = self._cgroups.create(
-                request.tenant, request.tenant_limits, request.user, request.user_limits, request.sandbox
-            )
+            leaf = self._cgroups.create(request.tenant, held.tenant.limits, request.user, held.limits, request.sandbox)
         except OSError:
             self._holders.let_go(held)
             raise
@@ -518,9 +516,11 @@ class Spawner:
         if leaf is not None:
             os.close(leaf.directory)
 
-    def _hold(self, request: Create) -> Holder:
+    def _hold(self, request: Create, fresh: bool) -> Holder:
         try:
-            return self._holders.hold(request.user, request.tenant, request.user_limits, request.tenant_limits)
+            return self._holders.hold(
+                request.user, request.tenant, request.user_limits, request.tenant_limits, fresh=fresh
+            )
         except SandboxError as error:
             raise Refusal("limit", str(error)) from error
 

@@ -192,10 +192,9 @@ async def _until(transaction: AsyncSession, limit: _Limit, used: int, effective:
     if limit.key == "sessions":
         # Only of the user's own sessions is it known how long they may last.
         length = effective.values["session_time"] if limit.column == "user_id" else UNLIMITED
-        first = select(func.min(TABLE.c.started_at)).where(
-            TABLE.c[limit.column] == limit.owner, TABLE.c.ended_at.is_(None)
-        )
-        started = await transaction.scalar(first) if length != UNLIMITED else None
+        # Not min(): with it, SQLite walks all past sessions by their start.
+        live = select(TABLE.c.started_at).where(TABLE.c[limit.column] == limit.owner, TABLE.c.ended_at.is_(None))
+        started = min(await transaction.scalars(live)) if length != UNLIMITED else None
         latest = f", {_moment(started + timedelta(seconds=length))} at the latest" if started else ""
         return f"one of them ends{latest}"
     if limit.key == "logins_per_hour":

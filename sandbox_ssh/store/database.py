@@ -112,7 +112,17 @@ def describe(url: URL) -> str:
 def options(url: URL) -> dict[str, Any]:
     if dialect(url) == "sqlite":
         return {"connect_args": {"timeout": BUSY_TIMEOUT}}
-    arguments = {"connect_timeout": CONNECT_TIMEOUT, "application_name": "sandbox-ssh"}
+    arguments = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "application_name": "sandbox-ssh",
+        # Logins wait for each other's row locks: one that hangs, or a node that has lost its power, must not keep all
+        # others waiting for the two hours after which TCP asks for a sign of life (libpq, 34.1.2).
+        "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=15s",
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+    }
     # pool_pre_ping: after a restart of PostgreSQL the next login is not the one that finds out.
     return {
         "connect_args": {key: value for key, value in arguments.items() if key not in url.query},

@@ -117,6 +117,8 @@ class Node(Model):
     mode: Mapped[str]
     version: Mapped[str]
     started_at: Mapped[datetime]
+    beats: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Grows as long as the node lives: the others watch it, each by its own clock."""
     capacity: Mapped[dict[str, Any] | None]
     """The fields of `sandbox_ssh.capacity.Capacity`; None until it is known."""
     nested: Mapped[dict[str, int] | None]
@@ -208,8 +210,8 @@ class Session(Model):
     network_out: Mapped[int | None]
     use: Mapped[dict[str, Any] | None]
     """What was in use when it was last looked at, by the quota's name."""
-    sampled_at: Mapped[datetime | None]
-    """Up to when `usage` has the session."""
+    seconds: Mapped[float | None]
+    """How long it had lasted, by a clock that nobody sets, when `usage` was last told of it; None: never."""
     namespaces: Mapped[dict[str, int] | None]
     """Kind (`user`, `mnt`, ...) -> inode number, as `readlink /proc/PID/ns/*` shows it on the node."""
     init_pid: Mapped[int | None]

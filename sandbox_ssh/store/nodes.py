@@ -25,6 +25,13 @@ async def register(database: Database, name: str, mode: str, version: str) -> No
         )
 
 
+async def beat(database: Database, name: str) -> Mapping[str, int]:
+    """Say that a node lives; return the beats of all nodes, by name."""
+    async with database.write() as transaction:
+        await transaction.execute(update(Node).where(Node.name == name).values(beats=Node.beats + 1))
+        return {row.name: row.beats for row in await transaction.execute(select(Node.name, Node.beats))}
+
+
 async def count_nested(database: Database, name: str) -> bool:
     """Note how many namespaces the tenants of a node have made in their sandboxes, as they were sampled last.
 

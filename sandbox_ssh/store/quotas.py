@@ -144,7 +144,7 @@ async def _check_hosts(transaction: AsyncSession, values: Mapping[str, int]) -> 
     """
     nodes = [node for node in await transaction.scalars(select(Node.capacity)) if node]
     if nodes:
-        most: dict[str, int] = {"sessions": sum(node["sandboxes"] for node in nodes)}
-        for key in {key for node in nodes for key in node["limits"]}:
-            most[key] = max(node["limits"].get(key, 0) for node in nodes)
+        keys = {key for node in nodes for key in node["limits"]}
+        most = {key: max(node["limits"].get(key, 0) for node in nodes) for key in keys}
+        most["sessions"] = sum(node["sandboxes"] for node in nodes)
         check_host(values, most)

@@ -8,7 +8,7 @@ once (its gateway and a recovery, say) cannot both believe that they did: each f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,9 +58,10 @@ async def refused(database: Database, number: int, reason: str) -> bool:
         return moved
 
 
-async def close(database: Database, number: int, *, reason: str, exit_status: int | None, used: usage.Sample) -> bool:
+async def close(
+    database: Database, number: int, *, reason: str, exit_status: int | None, used: usage.Sample, ended: datetime
+) -> bool:
     """The sandbox is gone, and this is what it cost. Channels that are still open end with it."""
-    ended = now()
     live = select(usage.TABLE).where(usage.TABLE.c.id == number, usage.TABLE.c.state.in_(LIVE)).with_for_update()
     async with database.write() as transaction:
         row = (await transaction.execute(live)).first()
@@ -75,27 +76,38 @@ async def close(database: Database, number: int, *, reason: str, exit_status: in
                 exit_status=exit_status,
                 **usage.totals(row, used),
                 use=None,
-                sampled_at=ended,
             ).where(Session.id == number)
         )
-        await usage.account(transaction, [row], {number: used}, ended)
+        await usage.account(transaction, [row], {number: used})
         open_channels = Channel.session_id == number, Channel.closed_at.is_(None)
         await transaction.execute(_unsynchronized(update(Channel)).where(*open_channels).values(closed_at=ended))
         return True
 
 
-async def recover(database: Database, node: str, worker: int | None) -> int:
-    """Call the live sessions of a worker that has died `lost`, or of a whole node (None); return how many they were."""
+async def recover(
+    database: Database,
+    node: str,
+    worker: int | None,
+    *,
+    known: Collection[int] = (),
+    before: datetime | None = None,
+) -> int:
+    """Call the live sessions of a worker that has died `lost`, or of a whole node (None); return how many they were.
+
+    A worker that lives asks for those that it does not know (any more) and that started `before` some time.
+    """
     ended = now()
     query = select(usage.TABLE).where(usage.TABLE.c.state.in_(LIVE), usage.TABLE.c.node == node)
     if worker is not None:
         query = query.where(usage.TABLE.c.worker == worker)
+    if before is not None:
+        query = query.where(usage.TABLE.c.started_at < before)
     async with database.write() as transaction:
-        rows = (await transaction.execute(query.with_for_update())).all()
+        rows = [row for row in await transaction.execute(query.with_for_update()) if row.id not in known]
         lost = [row.id for row in rows]
         if lost:
             # What they used after their last sample, nobody knows.
-            await usage.account(transaction, [row for row in rows if row.sampled_at is None], {}, None)
+            await usage.account(transaction, [row for row in rows if row.seconds is None], {})
             ending = _transition(LIVE, state=State.LOST, end_reason="server-failure", ended_at=ended, use=None)
             await transaction.execute(ending.where(Session.id.in_(lost)))
             open_channels = Channel.session_id.in_(lost), Channel.closed_at.is_(None)

@@ -1,14 +1,15 @@
 """What sessions use, as it was sampled, and its sum by user and day.
 
-A session's row holds its totals, up to `sampled_at`. Whoever writes newer totals adds the difference to the day's
+A session's row holds its totals as they were last told. Whoever writes newer ones adds the difference to the day's
 sums in the same transaction, so nothing is counted twice, and a crash loses what one interval had not written yet.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import ColumnElement, Row, bindparam, func, select, update
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 TABLE = cast("Table", Session.__table__)
 SUMS = ("sessions", "refused", "seconds", "cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
-_TOTALS = ("cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
+_TOTALS = ("seconds", "cpu_seconds", "bytes_in", "bytes_out", "network_in", "network_out")
 _OF_ONE = ("disk", "inodes", "ptys")
 _PEAKS = ("memory_peak_bytes", "processes_peak", "disk_peak_bytes")
 
@@ -34,6 +35,7 @@ class Sample:
     """What a session has used since it began; bytes and seconds."""
 
     session: int
+    seconds: float = 0.0
     cpu_seconds: float = 0.0
     memory_peak_bytes: int = 0
     processes_peak: int = 0
@@ -60,26 +62,31 @@ class Together:
     """What is in use now, by the quota's name."""
 
 
-async def sample(
-    database: Database, samples: Sequence[Sample]
-) -> tuple[Mapping[int, Together], Mapping[int, Together]]:
-    """Write samples of live sessions; return the sums of the users and of the tenants they belong to, by number."""
-    at = now()
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What came of a sample: by the number of a user and of a tenant; and the sessions that are still live."""
+
+    users: Mapping[int, Together]
+    tenants: Mapping[int, Together]
+    sessions: frozenset[int]
+
+
+async def sample(database: Database, node: str, samples: Sequence[Sample]) -> Sampled:
+    """Write samples of live sessions of a node. Of others, somebody has closed the rows: they are passed over."""
     given = {one.session: one for one in samples}
     live = select(TABLE).where(TABLE.c.id.in_(given), TABLE.c.ended_at.is_(None)).order_by(TABLE.c.id)
     async with database.write() as transaction:
         rows = (await transaction.execute(live.with_for_update())).all()
-        updates = [
-            {"number": row.id, **totals(row, given[row.id]), "use": given[row.id].use, "sampled_at": at} for row in rows
-        ]
+        updates = [{"number": row.id, **totals(row, given[row.id]), "use": given[row.id].use} for row in rows]
         if updates:
             columns: dict[str, Any] = {name: bindparam(name) for name in updates[0] if name != "number"}
             connection = await transaction.connection()
             await connection.execute(update(TABLE).where(TABLE.c.id == bindparam("number")).values(columns), updates)
-        await account(transaction, rows, given, at)
-        return (
-            await _together(transaction, {row.user_id for row in rows}, TABLE.c.user_id, Usage.user_id),
-            await _together(transaction, {row.tenant_id for row in rows}, TABLE.c.tenant_id, Usage.tenant_id),
+        await account(transaction, rows, given)
+        return Sampled(
+            await _together(transaction, node, {row.user_id for row in rows}, TABLE.c.user_id, Usage.user_id),
+            await _together(transaction, node, {row.tenant_id for row in rows}, TABLE.c.tenant_id, Usage.tenant_id),
+            frozenset(row.id for row in rows),
         )
 
 
@@ -93,57 +100,78 @@ def totals(row: Row[Any], given: Sample) -> dict[str, Any]:
     }
 
 
-async def account(
-    transaction: AsyncSession, rows: Iterable[Row[Any]], given: Mapping[int, Sample], at: datetime | None
-) -> None:
-    """Add to the day's sums what is new since the rows' last samples; `at` None: nothing is known of the time since.
-
-    In the order of names, so that no two that do this wait for each other's rows.
-    """
-    for row in sorted(rows, key=lambda row: (row.tenant_name, row.user_name)):
+async def account(transaction: AsyncSession, rows: Iterable[Row[Any]], given: Mapping[int, Sample]) -> None:
+    """Add to the day's sums what is new since the rows' last samples."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
         new = given.get(row.id, Sample(row.id))
-        before = row.sampled_at or row.started_at
-        sums: dict[str, Any] = {name: max(0, getattr(new, name) - (getattr(row, name) or 0)) for name in _TOTALS}
-        sums["sessions"] = int(row.sampled_at is None)
-        sums["seconds"] = max(0.0, (at - before).total_seconds()) if at is not None else 0.0
-        await _add(transaction, dict(row._mapping), sums, new.memory_peak_bytes)
+        line = lines.setdefault((row.tenant_name, row.user_name), _line(row._mapping))
+        for name in _TOTALS:
+            line[name] += max(0, getattr(new, name) - (getattr(row, name) or 0))
+        line["sessions"] += int(row.seconds is None)  # never told of before
+        line["memory_peak_bytes"] = max(line["memory_peak_bytes"], new.memory_peak_bytes)
+    await _add(transaction, lines)
 
 
 async def count_refused(transaction: AsyncSession, session: Mapping[str, Any]) -> None:
-    await _add(transaction, session, {"refused": 1}, 0)
+    await _add(transaction, {(session["tenant_name"], session["user_name"]): {**_line(session), "refused": 1}})
 
 
-async def _add(transaction: AsyncSession, session: Mapping[str, Any], sums: Mapping[str, Any], peak: int) -> None:
+def _line(session: Mapping[Any, Any]) -> dict[str, Any]:
     who = {name: session[name] for name in ("user_id", "user_name", "tenant_id", "tenant_name")}
-    zeros = dict.fromkeys(SUMS, 0)
-    statement = insert_or(transaction, Usage).values(
-        day=now().date(), **who, **{**zeros, **sums}, memory_peak_bytes=peak
-    )
+    return {**who, **dict.fromkeys(SUMS, 0), "memory_peak_bytes": 0}
+
+
+async def _add(transaction: AsyncSession, lines: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """In the order of names, so that no two that do this wait for each other's rows."""
+    if not lines:
+        return
+    day = now().date()
+    statement = insert_or(transaction, Usage).values([{"day": day, **lines[name]} for name in sorted(lines)])
     new = statement.excluded
     higher = func.greatest if transaction.get_bind().dialect.name == "postgresql" else func.max
-    changed: dict[str, ColumnElement[Any]] = {name: getattr(Usage, name) + new[name] for name in sums}
+    changed: dict[str, ColumnElement[Any]] = {name: getattr(Usage, name) + new[name] for name in SUMS}
     changed["memory_peak_bytes"] = higher(Usage.memory_peak_bytes, new.memory_peak_bytes)
+    # A user of this name may have been removed and added again: the line is the new one's too.
+    changed |= {"user_id": new.user_id, "tenant_id": new.tenant_id}
     await transaction.execute(
         statement.on_conflict_do_update(index_elements=["day", "user_name", "tenant_name"], set_=changed)
     )
 
 
+async def of_user(database: Database, node: str, user: int, tenant: int) -> tuple[Together, Together]:
+    """What a user, and the tenant, use."""
+    async with database.read() as transaction:
+        users = await _together(transaction, node, {user}, TABLE.c.user_id, Usage.user_id)
+        tenants = await _together(transaction, node, {tenant}, TABLE.c.tenant_id, Usage.tenant_id)
+    return users.get(user, Together()), tenants.get(tenant, Together())
+
+
 async def _together(
-    transaction: AsyncSession, numbers: set[Any], sessions_of: ColumnElement[Any], usage_of: Any
+    transaction: AsyncSession, node: str, numbers: set[Any], sessions_of: ColumnElement[Any], usage_of: Any
 ) -> Mapping[int, Together]:
-    """What the owners of these numbers use, by the columns that say whose a session and a line of usage are."""
+    """What the owners of these numbers use, by the columns that say whose a session and a line of usage are.
+
+    What the kernel holds, it holds on each node by itself: `use` is of one.
+    """
     day = (
         select(usage_of, func.sum(Usage.seconds), func.sum(Usage.network_in + Usage.network_out))
         .where(usage_of.in_(numbers - {None}), Usage.day == now().date())
         .group_by(usage_of)
     )
-    live = select(sessions_of, TABLE.c.use).where(sessions_of.in_(numbers - {None}), TABLE.c.ended_at.is_(None))
+    live = select(sessions_of, TABLE.c.node, TABLE.c.use).where(
+        sessions_of.in_(numbers - {None}), TABLE.c.ended_at.is_(None)
+    )
+    count: Counter[int] = Counter()
     uses: dict[int, list[Mapping[str, int]]] = {}
-    for number, use in await transaction.execute(live):
-        uses.setdefault(number, []).append(use or {})
+    for number, where, use in await transaction.execute(live):
+        count[number] += 1
+        if where == node:
+            uses.setdefault(number, []).append(use or {})
+    sums = {number: (seconds, int(network)) for number, seconds, network in await transaction.execute(day)}
     return {
-        number: Together(seconds, int(network), len(uses.get(number, ())), combine(uses.get(number, ())))
-        for number, seconds, network in await transaction.execute(day)
+        number: Together(*sums.get(number, (0.0, 0)), count[number], combine(uses.get(number, ())))
+        for number in count.keys() | sums.keys()
     }
 
 
@@ -204,13 +232,16 @@ async def report(
 
 
 async def in_use(database: Database, *, user: str | None = None, tenant: str | None = None) -> Mapping[str, int]:
-    """What a user's or a tenant's live sessions use together, and what counts by the hour and the day, by quota."""
+    """What a user's or a tenant's live sessions use together, and what counts by the hour and the day, by quota.
+
+    Of what each node's kernel holds by itself, what is used on the node where it is most.
+    """
     names = (
         (TABLE.c.user_name, Usage.user_name, user)
         if user is not None
         else (TABLE.c.tenant_name, Usage.tenant_name, tenant)
     )
-    live = select(TABLE.c.use).where(names[0] == names[2], TABLE.c.ended_at.is_(None))
+    live = select(TABLE.c.node, TABLE.c.use).where(names[0] == names[2], TABLE.c.ended_at.is_(None))
     lately = (
         select(func.count())
         .select_from(TABLE)
@@ -220,14 +251,18 @@ async def in_use(database: Database, *, user: str | None = None, tenant: str | N
         names[1] == names[2], Usage.day == now().date()
     )
     async with database.read() as transaction:
-        uses = [use or {} for use in await transaction.scalars(live)]
+        rows = (await transaction.execute(live)).all()
         logins = await transaction.scalar(lately)
         seconds, network = (await transaction.execute(day)).one()
-    nothing = dict.fromkeys(("processes", "memory", "disk", "inodes", "ptys", *NAMESPACES), 0)
+    nodes: dict[str, list[Mapping[str, int]]] = {}
+    for node, use in rows:
+        nodes.setdefault(node, []).append(use or {})
+    found = dict.fromkeys(("processes", "memory", "disk", "inodes", "ptys", *NAMESPACES), 0)
+    for uses in nodes.values():
+        found |= {key: max(found.get(key, 0), value) for key, value in combine(uses).items()}
     return {
-        **nothing,
-        **combine(uses),
-        "sessions": len(uses),
+        **found,
+        "sessions": len(rows),
         "logins_per_hour": logins or 0,
         "session_time_per_day": int(seconds or 0),
         "network_per_day": int(network or 0),

@@ -40,7 +40,7 @@ async def live_session(database: Database) -> int:
     assert user is not None
     number = await rows.admit(database, user)
     use = {"processes": 12, "memory": 3 * 2**20, "net_namespaces": 2}
-    await usage.sample(database, [Sample(number, cpu_seconds=90, bytes_in=2048, network_out=2**20, use=use)])
+    await usage.sample(database, "one", [Sample(number, cpu_seconds=90, bytes_in=2048, network_out=2**20, use=use)])
     return number
 
 

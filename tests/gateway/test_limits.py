@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 
+import pytest
+
+from sandbox_ssh.gateway import limits
 from sandbox_ssh.gateway.limits import Clock, notes
 from sandbox_ssh.quotas import QUOTAS, UNLIMITED
 from sandbox_ssh.store.quotas import Effective
@@ -18,8 +22,14 @@ def clock(tenant: dict[str, int] | None = None, **values: int) -> Clock:
     return Clock(Effective(built_in | unlimited | values, dict.fromkeys(QUOTAS, "built-in"), tenant or {}))
 
 
+@pytest.fixture(autouse=True)
+def midnight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far enough away, whenever these tests run."""
+    monkeypatch.setattr(limits, "_until_midnight", lambda: 20_000.0)
+
+
 def left(of: Clock) -> tuple[str, int] | None:
-    end = of.end()
+    end = min(of.ends(), key=lambda end: end.seconds, default=None)
     return None if end is None else (end.quota, round(end.seconds))
 
 
@@ -78,6 +88,34 @@ def test_warnings_come_five_minutes_and_one_minute_before_the_end_and_once() -> 
     assert after(3301) is not None
 
 
+def test_idle_time_is_warned_of_each_time_that_it_nears() -> None:
+    one = clock(idle_time=300, session_time=3600)
+
+    def warnings() -> list[str]:
+        return [text for end in one.ends() if (text := one.warning(end)) is not None]
+
+    assert warnings() == [], "no session is greeted with its idle time"
+    for _ in range(2):
+        one.active -= 250
+        assert warnings() == ["this session ends in 50s: quota idle_time (5m)"]
+        assert warnings() == []
+        one.active = time.monotonic()
+        assert warnings() == []
+    one.started -= 3400
+    assert warnings() == ["this session ends in 3m 20s: quota session_time (1h)"]
+    assert one.end() is not None and one.end().quota == "session_time"  # type: ignore[union-attr]
+
+
+def test_at_midnight_there_is_another_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = clock(session_time_per_day=1000, network_per_day=1000)
+    one.user = Together(seconds=400, network=1000, sessions=1)
+    assert left(one) == ("network_per_day", 0)
+    one.day -= timedelta(days=1)
+    assert left(one) == ("session_time_per_day", 1000)
+    monkeypatch.setattr(limits, "_until_midnight", lambda: 500.0)
+    assert left(one) is None
+
+
 def test_a_short_session_is_warned_once() -> None:
     one = clock(session_time=30)
     end = one.end()
@@ -106,5 +144,8 @@ def test_what_quota_shows_inside() -> None:
     assert text.splitlines()[-1].startswith("time left: 2h, until 20")
     assert text.splitlines()[-1].endswith("Z: quota session_time (2h)")
     assert notes(clock(), {}).splitlines()[-1] == "time left: unlimited"
+    idle = notes(clock({"memory": 2**28}, idle_time=1800, session_time=7200), {}).splitlines()
+    assert idle[-1].endswith("; or 30m without a key pressed or a byte of output")
+    assert ["memory", "256M", "-"] in [line.split() for line in idle], "the tenant has less"
     assert set(QUOTAS) <= lines.keys()
     assert len(text) < 8192, "what the protocol carries"

@@ -110,7 +110,7 @@ async def test_what_may_be_used_in_a_day(database: Database, ada: User, owner: O
     if owner is PHYSICS:  # else what users inherit from the tenant refuses them first
         await quotas.change(database, ADA, {"network_per_day": -1, "session_time_per_day": -1}, by="root")
     number = await admit(database, ada)
-    await usage.sample(database, [Sample(number, network_in=600, network_out=500)])
+    await usage.sample(database, "one", [Sample(number, network_in=600, network_out=500)])
     await close(database, number, network_in=600, network_out=500)
     await quotas.change(database, owner, {"network_per_day": 1101}, by="root")
     await close(database, await admit(database, ada))
@@ -147,7 +147,7 @@ async def test_nested_namespaces_are_in_use_too(database: Database, ada: User) -
     limits = {"net_namespaces": 100}
     await nodes.set_capacity(database, "one", asdict(Capacity(10, "memory", 10, 3, "memory", limits)))
     number = await admit(database, ada)
-    await usage.sample(database, [Sample(number, use={"net_namespaces": 66, "processes": 70})])
+    await usage.sample(database, "one", [Sample(number, use={"net_namespaces": 66, "processes": 70})])
     await nodes.count_nested(database, "one")
     assert "user.max_net_namespaces (100)" in str(await refusal(database, ada))
     await close(database, number)

@@ -73,6 +73,31 @@ async def test_failed_migration_changes_nothing(empty_url: str) -> None:
         assert inspect(connection).get_table_names() == ["channels"]
 
 
+def test_a_database_with_records_is_upgraded_and_downgraded(empty_url: str) -> None:
+    with connect(empty_url, writes=True) as connection:
+        command.upgrade(migrate.configuration(connection), "0001")
+        connection.execute(
+            text(
+                "INSERT INTO nodes (name, mode, version, started_at) VALUES ('one', 'service', '1', CURRENT_TIMESTAMP)"
+            )
+        )
+        for state, ended in (("closed", "CURRENT_TIMESTAMP"), ("running", "NULL")):
+            connection.execute(
+                text(
+                    "INSERT INTO sessions (tenant_name, user_name, node, worker, state, client_address, client_port, "
+                    "client_version, auth_method, image, started_at, ended_at, bytes_in, bytes_out) VALUES ('default', "
+                    f"'ada', 'one', 0, '{state}', '192.0.2.1', 1, 'x', 'publickey', 'host', CURRENT_TIMESTAMP, {ended}, 7, 8)"
+                )
+            )
+    assert migrate.upgrade(empty_url) == "0001"
+    assert current(empty_url) == SCHEMA
+    with connect(empty_url, writes=True) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM sessions WHERE seconds IS NULL AND bytes_in = 7")) == 2
+        assert connection.scalar(text("SELECT count(*) FROM quotas")) == 1
+        command.downgrade(migrate.configuration(connection), "0001")
+        assert connection.scalar(text("SELECT count(*) FROM sessions")) == 2
+
+
 def test_downgrade_leaves_nothing(database_url: str) -> None:
     with connect(database_url, writes=True) as connection:
         command.downgrade(migrate.configuration(connection), "base")
