@@ -74,8 +74,10 @@ class Holders:
         """
         held = self._users.get((tenant, user))
         if held is None:
-            above = self._tenant(tenant, tenant_limits, fresh)
-            held = self._new_user(user, above, user_limits)
+            try:
+                held = self._new_user(user, self._tenant(tenant, tenant_limits, fresh), user_limits)
+            finally:
+                self._forget_idle()  # of a tenant whose user could not be held, too
             self._users[tenant, user] = held
         elif fresh:
             self.limit(user, tenant, user_limits, tenant_limits)
@@ -97,9 +99,12 @@ class Holders:
                     self._rewrite_tenant(held.tenant, held.tenant.limits)
             return
         self._tenants[held.tenant.number] = self._tenants.pop(held.tenant.number)  # the last to have been in use
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
         idle = [tenant for tenant in self._tenants.values() if not tenant.users]
-        if len(idle) > _IDLE_TENANTS:
-            os.close(self._tenants.pop(idle[0].number).userns)
+        for tenant in idle[: max(0, len(idle) - _IDLE_TENANTS)]:
+            os.close(self._tenants.pop(tenant.number).userns)
 
     def limit(self, user: int, tenant: int, user_limits: Limits, tenant_limits: Limits) -> None:
         """Change the limits of what is live; harmless where nothing is. Raises `SandboxError`.
@@ -126,7 +131,7 @@ class Holders:
     def _tenant(self, number: int, limits: Limits, fresh: bool) -> Tenant:
         found = self._tenants.get(number)
         if found is None:
-            userns = new_user_namespace(self._plan.tenant, self._plan.groups)
+            userns = new_user_namespace(self._plan.tenant, self._plan.groups, self._plan.creator(number))
             found = self._tenants[number] = Tenant(number, userns, {})
             fresh = True
         if fresh:
@@ -230,8 +235,8 @@ def _owner_namespace(ids: Ids, plan: Plan) -> int:
     return new_user_namespace(composed, plan.groups)
 
 
-def new_user_namespace(map_: Map, groups: bool) -> int:
-    """A descriptor of a new child user namespace of ours with this map.
+def new_user_namespace(map_: Map, groups: bool, creator: int = 0) -> int:
+    """A descriptor of a new child user namespace of ours with this map, charged to `creator`, an id of ours.
 
     A child makes it and waits, for only its parent's side may write a map of more than one id.
     """
@@ -239,6 +244,10 @@ def new_user_namespace(map_: Map, groups: bool) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            if creator:
+                # With our capabilities: hosts may forbid user namespaces to whoever has none.
+                sys.prctl(sys.PR_SET_SECUREBITS, sys.SECBIT_NO_SETUID_FIXUP)
+                os.setresuid(creator, creator, creator)
             sys.prctl(sys.PR_SET_DUMPABLE, 1)  # else /proc/PID/uid_map is the host root's (proc(5))
             sys.unshare(sys.CLONE_NEWUSER)
             theirs.send(b"+")

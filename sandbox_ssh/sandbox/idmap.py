@@ -62,6 +62,12 @@ class Plan(Protocol):
     users: int
     """How many users can have ids of their own at once."""
 
+    def creator(self, tenant: int) -> int:
+        """The id of S that makes the holder of a tenant: what is below is charged to it in S (kernel/ucount.c).
+
+        With one of its own, a tenant that has all of the host's inotify instances has its own, and not the root's.
+        """
+
     def allocate(self) -> Ids:
         """Ids that nobody else has. Raises `SandboxError` when none are left."""
 
@@ -117,9 +123,13 @@ class Blocks:
         base = first + self._numbers.take() * BLOCK
         root = base + BLOCK - 1
         self.uplink = Map(((0, base, BLOCK - 1),))
+        self._spare = base + 1  # of the uplinks' block, which needs its root only
         after = first + blocks * BLOCK
         runs = ((0, root, 1), (first, first, root - first), (root + 1, root + 1, after - root - 1))
         self.tenant = Map(tuple(run for run in runs if run[2]))
+
+    def creator(self, tenant: int) -> int:
+        return self._spare + tenant % (BLOCK - 2)
 
     def allocate(self) -> Ids:
         number = self._numbers.take()
@@ -155,6 +165,9 @@ class Slices:
         self.uplink = Map(((0, 1, SLICE - 1),))
         self.tenant = Map(((0, 0, count),))
 
+    def creator(self, tenant: int) -> int:
+        return 0  # all of S is charged to the one user that the host knows
+
     def allocate(self) -> Ids:
         number = self._numbers.take()
         first = number * SLICE  # in ids of H
@@ -176,6 +189,9 @@ class Single:
     groups = False
     users = 2**31  # they share the one id
     uplink = tenant = Map(((0, 0, 1),))
+
+    def creator(self, tenant: int) -> int:
+        return 0
 
     def allocate(self) -> Ids:
         only = Map(((0, 0, 1),))

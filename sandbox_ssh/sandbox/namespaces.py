@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from sandbox_ssh.sandbox import syscalls as sys
 from sandbox_ssh.sandbox.holder import Holder, become_root, write_maps
-from sandbox_ssh.sandbox.limits import set_rlimits
+from sandbox_ssh.sandbox.limits import Bounds, set_rlimits
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Base, Layout
 
 NAMESPACES = {
@@ -57,7 +57,7 @@ class Host:
 
 
 def start(
-    host: Host, layout: Layout, holder: Holder, *, network: bool, cgroup: int | None
+    host: Host, layout: Layout, holder: Holder, bounds: Bounds, *, network: bool, cgroup: int | None
 ) -> tuple[int, socket.socket]:
     """Fork the builder. Returns its pid and the socket on which sandbox and spawner speak:
 
@@ -74,7 +74,7 @@ def start(
         return pid, ours
     try:
         ours.close()
-        _build(host, layout, holder, theirs, network)
+        _build(host, layout, holder, bounds, theirs, network)
     except BaseException as error:
         _report(theirs, error)
     finally:
@@ -90,7 +90,7 @@ def _report(channel: socket.socket, error: BaseException) -> None:
         channel.send(text.encode(errors="replace")[:2048])
 
 
-def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, network: bool) -> None:
+def _build(host: Host, layout: Layout, holder: Holder, bounds: Bounds, channel: socket.socket, network: bool) -> None:
     built = host.base.build(layout, holder)
     sys.setns(holder.userns, sys.CLONE_NEWUSER)
     become_root(host.groups)
@@ -104,7 +104,7 @@ def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, n
         try:
             os.close(ready)
             if os.read(mapped, 1) == b"+":
-                _become_init(host, layout, channel, network)
+                _become_init(host, layout, bounds, channel, network)
         except BaseException as error:
             _report(channel, error)
         finally:
@@ -122,7 +122,7 @@ def _build(host: Host, layout: Layout, holder: Holder, channel: socket.socket, n
     os._exit(0)
 
 
-def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bool) -> None:
+def _become_init(host: Host, layout: Layout, bounds: Bounds, channel: socket.socket, network: bool) -> None:
     become_root(host.groups)
     # From here on: a change of ids would forget it (prctl(2), PR_SET_PDEATHSIG). Two that wait for the spawner's word
     # at once hold each other's sockets open, so its death alone would not end the waiting.
@@ -149,6 +149,7 @@ def _become_init(host: Host, layout: Layout, channel: socket.socket, network: bo
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     sys.close_range(3, 0xFFFFFFFF, sys.CLOSE_RANGE_CLOEXEC)
+    bounds.set()
     os.execve(host.init, ["init", "-P"], {})
 
 

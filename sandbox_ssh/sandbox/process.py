@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import signal
 import struct
 import termios
@@ -21,13 +20,12 @@ from typing import Any
 from sandbox_ssh.errors import SandboxError
 from sandbox_ssh.sandbox import syscalls as sys
 from sandbox_ssh.sandbox.holder import become_root
-from sandbox_ssh.sandbox.limits import Limits, set_rlimits
+from sandbox_ssh.sandbox.limits import Bounds
 from sandbox_ssh.sandbox.namespaces import ALL_NAMESPACES, reset_signals
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TIOCSPTLCK, _TIOCGPTPEER = 0x40045431, 0x5441  # ioctl_tty(2); the same on x86_64 and aarch64
 _O_TTY = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
-_OPEN_FILES = 1024  # the soft limit: programs that use select(2) rely on it
 
 # RFC 4254 section 8: opcodes of the terminal modes, and what they are in termios(3).
 _CHARACTERS = {
@@ -60,11 +58,7 @@ class Target:
     groups: bool
     """Whether the tenant has other ids than root's."""
     cgroup: int | None
-    limits: Limits
-    open_files: int
-    """The hard limit; -1: the host's."""
-    memory_held: bool
-    """Whether a cgroup holds the quota of memory."""
+    bounds: Bounds
 
 
 class Streams:
@@ -177,18 +171,7 @@ def _become(target: Target, streams: Streams, command: str | None, environment: 
         os.dup2(fd, number)
     reset_signals()
     os.umask(0o022)
-    # 1 and not 0: that stops a core_pattern's `|program` on the host, too (fs/coredump.c, do_coredump).
-    core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1])
-    resource.setrlimit(resource.RLIMIT_CORE, (core, core))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if target.open_files >= 0:
-        hard = min(hard, target.open_files)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
-    set_rlimits(target.limits)
-    if not target.memory_held and "memory" in target.limits:
-        # The most that there is without a cgroup: no process may have more than the quota for itself (getrlimit(2)).
-        data = target.limits["memory"]
-        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+    target.bounds.set()
     home, shell = _account()
     environment = {
         **environment,

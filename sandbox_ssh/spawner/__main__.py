@@ -24,7 +24,7 @@ import subprocess
 import sys
 
 from sandbox_ssh.errors import SandboxError
-from sandbox_ssh.sandbox import cgroup, holder, idmap, namespaces, netlink, rootfs, syscalls, uplink
+from sandbox_ssh.sandbox import cgroup, holder, idmap, limits, namespaces, netlink, rootfs, syscalls, uplink
 from sandbox_ssh.sandbox.loop import Loop
 from sandbox_ssh.spawner.server import Spawner
 
@@ -49,8 +49,9 @@ def start(settings: dict[str, int | str], listener: socket.socket) -> Spawner:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     syscalls.set_process_name("sandbox-spawner")  # a tenant sees it for the moment between a fork and an exec
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for number in (resource.RLIMIT_NOFILE, *limits.RLIMITS.values()):
+        _, hard = resource.getrlimit(number)
+        resource.setrlimit(number, (hard, hard))  # what namespaces below are made under, they keep
     with contextlib.suppress(ValueError):  # sudo sets it to 0, and raising it takes CAP_SYS_RESOURCE
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # what the sandboxes' processes start with
     messages = netlink.encode()

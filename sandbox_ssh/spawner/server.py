@@ -25,6 +25,7 @@ from sandbox_ssh.errors import ProtocolError, SandboxError
 from sandbox_ssh.sandbox import cgroup, namespaces, process
 from sandbox_ssh.sandbox.holder import Holder, Holders
 from sandbox_ssh.sandbox.idmap import Plan
+from sandbox_ssh.sandbox.limits import Bounds
 from sandbox_ssh.sandbox.loop import Future, Loop
 from sandbox_ssh.sandbox.namespaces import NAMESPACES
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Layout, write_notes
@@ -341,7 +342,7 @@ class Spawner:
     async def _start(self, sandbox: Sandbox, request: Create) -> None:
         layout = Layout(request.image, request.hostname, request.disk, request.inodes, request.ptys, request.notes)
         sandbox.builder, channel = namespaces.start(
-            self._host, layout, sandbox.holder, network=sandbox.network,
+            self._host, layout, sandbox.holder, self._bounds(sandbox), network=sandbox.network,
             cgroup=sandbox.cgroup.directory if sandbox.cgroup else None,
         )  # fmt: skip
         sandbox.channel = channel
@@ -365,6 +366,9 @@ class Spawner:
             text, _ = await self._hear(channel)
             if text:
                 raise _failure(text)
+
+    def _bounds(self, sandbox: Sandbox) -> Bounds:
+        return Bounds(sandbox.holder.limits, sandbox.open_files, self._cgroups.hold_memory)
 
     async def _measure(self, sandbox: Sandbox) -> Message:
         if sandbox.network and sandbox.state == "running":
@@ -402,8 +406,7 @@ class Spawner:
         ids = sandbox.holder.ids
         target = process.Target(
             sandbox.pidfd, sandbox.pts, ids.root if sandbox.image == HOST_IMAGE else ids.root_unpacked,
-            self._host.groups, sandbox.cgroup.directory if sandbox.cgroup else None, sandbox.holder.limits,
-            sandbox.open_files, self._cgroups.hold_memory,
+            self._host.groups, sandbox.cgroup.directory if sandbox.cgroup else None, self._bounds(sandbox),
         )  # fmt: skip
         streams = process.Streams(target, request.pty)
         try:

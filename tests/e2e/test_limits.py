@@ -494,7 +494,7 @@ def test_what_tenants_have_nested_is_counted_for_the_node_and_forgotten_with_the
     def nested() -> int:
         with contextlib.closing(sqlite3.connect(own_server.state / "sandbox-ssh.db")) as database:
             found = database.execute("SELECT nested FROM nodes").fetchone()[0]
-        return int(json.loads(found or "{}").get("net_namespaces", 0))
+        return int((json.loads(found or "null") or {}).get("net_namespaces", 0))
 
     with client(own_server, "unshare -n sleep 600 & unshare -n sleep 600", "ada"):
         wait_until(lambda: nested() == 2, "a sample", 30)
