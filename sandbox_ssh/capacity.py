@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,20 @@ class Capacity:
     """Quota -> the most that this host could keep."""
 
 
-def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
+RLIMITS = {
+    "open_files": resource.RLIMIT_NOFILE,
+    "locked_memory": resource.RLIMIT_MEMLOCK,
+    "message_queues": resource.RLIMIT_MSGQUEUE,
+    "pending_signals": resource.RLIMIT_SIGPENDING,
+}
+"""What a process hands down to those that it starts: hard limits, by the quota's name."""
+
+
+def read(users: int, rlimits: Mapping[str, int], quotas: Mapping[str, int]) -> Capacity:
     """Read the host's limits.
 
-    The spawner knows for how many `users` there are ids, and its own `open_files`; `quotas` are those of a user for
-    whom nobody has set others, without what is unlimited.
+    The spawner knows for how many `users` there are ids, and its own `rlimits`; `quotas` are those of a user for whom
+    nobody has set others, without what is unlimited.
     """
     limits = {path.name.removeprefix("max_"): _number(path) for path in Path("/proc/sys/user").glob("max_*")}
     tasks, tasks_bound = _tasks()
@@ -72,7 +82,7 @@ def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
         },
         tasks_bound: (tasks - SPARE_PROCESSES) // PROCESSES,
         "kernel.pty.max": terminals,
-        "the hard limit of open files": (open_files - SPARE_FILES) // FILES,
+        "the hard limit of open files": (rlimits["open_files"] - SPARE_FILES) // FILES,
         "memory": (memory - SPARE_MEMORY) // MEMORY,
     }
     bound = min(room, key=lambda name: room[name])
@@ -84,12 +94,20 @@ def read(users: int, open_files: int, quotas: Mapping[str, int]) -> Capacity:
         "disk": memory,
         "cpu": (os.cpu_count() or 1) * 1000,
         "ptys": terminals,
-        "open_files": open_files,
+        **rlimits,
     }
-    shared = most.keys() - {"sessions", "open_files"}
+    shared = most.keys() - {"sessions", *RLIMITS}
     each = {key: most[key] // value for key, value in quotas.items() if key in shared and value}
     full_bound = min(each, key=lambda key: each[key], default="")
     return Capacity(max(0, room[bound]), bound, users, each.get(full_bound, 2**31), full_bound, most)
+
+
+def own_rlimits() -> dict[str, int]:
+    """This process's, without those that are none."""
+    hard = {name: resource.getrlimit(number)[1] for name, number in RLIMITS.items()}
+    if hard["open_files"] == resource.RLIM_INFINITY:
+        hard["open_files"] = _number(Path("/proc/sys/fs/nr_open"))
+    return {name: value for name, value in hard.items() if value != resource.RLIM_INFINITY}
 
 
 def nested_left(limits: Mapping[str, int], sandboxes: int, nested: Mapping[str, int]) -> str | None:
@@ -110,9 +128,6 @@ def shortage() -> str | None:
     running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])  # proc(5): scheduling entities
     if running + PROCESSES > tasks:
         return f"{running} processes and threads of {tasks_bound} ({tasks})"
-    terminals = _number(_KERNEL / "pty/nr")
-    if terminals >= _number(_KERNEL / "pty/max") - _number(_KERNEL / "pty/reserve"):
-        return f"{terminals} terminals of kernel.pty.max"
     available = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()

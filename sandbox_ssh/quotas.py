@@ -56,7 +56,7 @@ QUOTAS: dict[str, Quota] = {
     "cpu": Quota("cores", UNLIMITED, 10, "CPU time, in cores, where cgroup v2 is delegated"),
     "cpu_weight": Quota("count", 100, 1, "share of a busy CPU, where cgroup v2 is delegated", most=10_000),
     "open_files": Quota("count", 16384, 64, "descriptors of one process"),
-    "disk": Quota("bytes", 2**30, 2**20, "bytes in the files of one sandbox"),
+    "disk": Quota("bytes", 2**30, 4 * 2**20, "bytes in the files of one sandbox"),
     "inodes": Quota("count", 100_000, 4096, "files of one sandbox"),
     "ptys": Quota("count", 64, 1, "terminals of one sandbox", most=4096),
     "session_time": Quota("seconds", UNLIMITED, 1, "length of a session", most=_YEARS),
@@ -64,7 +64,7 @@ QUOTAS: dict[str, Quota] = {
     "logins_per_hour": Quota("count", UNLIMITED, 1, "sessions begun within an hour"),
     "session_time_per_day": Quota("seconds", UNLIMITED, 1, "length of a day's sessions together (UTC)", most=_YEARS),
     "network_per_day": Quota("bytes", UNLIMITED, 1, "bytes of a day through the network, both ways (UTC)"),
-    "locked_memory": Quota("bytes", 8 * 2**20, 0, "memory locked with mlock(2)"),
+    "locked_memory": Quota("bytes", 8 * 2**20, 0, "memory that one process has locked (mlock(2))"),
     "message_queues": Quota("bytes", 819_200, 0, "POSIX message queues (mq_overview(7))"),
     "pending_signals": Quota("count", 4096, 8, "queued signals (sigqueue(3))"),
 }  # fmt: skip
@@ -77,7 +77,13 @@ RLIMITS = ("processes", "locked_memory", "message_queues", "pending_signals")
 CGROUPS = ("processes", "memory", "cpu", "cpu_weight")
 OF_A_HOLDER = tuple(dict.fromkeys((*SYSCTLS, *RLIMITS, *CGROUPS)))
 """What the kernel holds for all sandboxes of a user, or of a tenant, together."""
-SUMMED = ("sessions", *OF_A_HOLDER, "logins_per_hour", "session_time_per_day", "network_per_day")
+SUMMED = (
+    "sessions",
+    *(key for key in OF_A_HOLDER if key != "locked_memory"),
+    "logins_per_hour",
+    "session_time_per_day",
+    "network_per_day",
+)
 """What a tenant's value bounds for all of its users together; the rest is about one session or one process."""
 
 

@@ -26,7 +26,7 @@ PROJECT = {
     # The gateway's side of the socket: both sides read the protocol, neither the other's code.
     "spawner.client": {"errors", "spawner.protocol"},
     "spawner.protocol": {"errors"},
-    "spawner": {"errors", "sandbox"},
+    "spawner": {"capacity", "errors", "sandbox"},
     "supervisor": {"errors", "sandbox"},
     "unpack": {"errors"},
     "images": {"errors", "sandbox", "unpack"},

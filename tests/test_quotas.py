@@ -64,7 +64,7 @@ def test_both_sides_of_the_wall_know_the_same_limits() -> None:
         ("sessions", "3", 3),
         ("memory", "512M", 512 * 2**20),
         ("memory", "1.5GiB", 1536 * 2**20),
-        ("disk", "1048576", 2**20),
+        ("disk", "8388608", 2**23),
         ("session_time", "2h", 7200),
         ("session_time_per_day", "1.5d", 129600),
         ("session_time", "1h 30m", 5400),
@@ -129,14 +129,17 @@ def test_values_over_the_hosts_are_refused_with_the_hosts() -> None:
 
 
 def test_this_host_has_room() -> None:
-    found = capacity.read(14, 20_000, {"memory": 2**30, "net_namespaces": 100})
+    found = capacity.read(
+        14, {"open_files": 20_000, "message_queues": 819_200}, {"memory": 2**30, "net_namespaces": 100}
+    )
     assert found.sandboxes > 0 and found.users == 14
     assert found.limits["net_namespaces"] == int(Path("/proc/sys/user/max_net_namespaces").read_text())
     assert found.limits["memory"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found.full == min(found.limits["memory"] // 2**30, found.limits["net_namespaces"] // 100)
+    assert found.limits["message_queues"] == 819_200 and capacity.own_rlimits()["open_files"] > 0
     assert found.full_bound in ("memory", "net_namespaces")
-    assert capacity.read(14, 1000, {}).bound == "the hard limit of open files"
-    assert capacity.read(14, 100, {}).sandboxes == 0
+    assert capacity.read(14, {"open_files": 1000}, {}).bound == "the hard limit of open files"
+    assert capacity.read(14, {"open_files": 100}, {}).sandboxes == 0
     assert capacity.shortage() is None
 
 
@@ -147,7 +150,7 @@ from sandbox_ssh import capacity
 from sandbox_ssh.sandbox import syscalls
 syscalls.unshare(syscalls.CLONE_NEWUSER)
 Path('/proc/sys/user/max_net_namespaces').write_text('72')
-found = capacity.read(10, 100000, {})
+found = capacity.read(10, {'open_files': 100000}, {})
 print(json.dumps([found.sandboxes, found.bound, capacity.nested_left(found.limits, 19, {}),
     capacity.nested_left(found.limits, 20, {}), capacity.nested_left(found.limits, 10, {'net_namespaces': 19})]))
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import pwd
-import resource
 import socket
 from collections import Counter
 from dataclasses import asdict
@@ -82,12 +81,11 @@ def examine(config: Config) -> list[Finding]:
 
 def room(config: Config) -> list[Finding]:
     """What admission goes by (`sandbox_ssh.capacity`)."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     users = config.sandbox.id_blocks - 1
     if config.mode == "rootless":
         users = host.ids.users(host.ids.subordinate("uid")[1])
     values = {key: quota.default for key, quota in QUOTAS.items()} | config.sandbox.quotas
-    found = capacity.read(users, hard, bounded(values))
+    found = capacity.read(users, capacity.own_rlimits(), bounded(values))
     ids = "one id for all users" if users == host.ids.SHARED else f"ids for {users} users at once"
     text = (
         f"{found.sandboxes} sessions at once, bound by {found.bound}; {ids}; "

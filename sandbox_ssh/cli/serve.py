@@ -7,7 +7,6 @@ import grp
 import json
 import os
 import pwd
-import resource
 import stat
 import sys
 from dataclasses import asdict
@@ -124,7 +123,7 @@ def check_image(config: Config) -> None:
 def check_quotas(config: Config) -> None:
     """Raises `ConfigError` for a quota of the configuration that this host could not keep."""
     values = config.sandbox.quotas
-    room = capacity.read(1, resource.getrlimit(resource.RLIMIT_NOFILE)[1], values)
+    room = capacity.read(1, capacity.own_rlimits(), values)
     try:
         check_host(values, room.limits)
     except QuotaError as error:

@@ -159,13 +159,14 @@ class Session:
 
     async def _create(self) -> None:
         assert self.clock is not None
-        config, values = self._worker.config.sandbox, self.clock.quotas.values
+        config, effective = self._worker.config.sandbox, self.clock.quotas
+        values = effective.values
         request = protocol.Create(
             sandbox=self.sandbox,
             user=self.user_id,
             user_limits=kernel_limits(values),
             tenant=self.tenant_id,
-            tenant_limits=kernel_limits(self.clock.quotas.tenant),
+            tenant_limits=kernel_limits(effective.tenant),
             image=config.image,
             hostname=config.hostname,
             network=config.network,
@@ -190,6 +191,8 @@ class Session:
         self._running = self._record.write(
             lambda: sessions.running(self._worker.database, self.id, reply["init_pid"], reply["namespaces"])
         )
+        if self.clock.quotas is not effective:  # changed while there was no holder yet that could have been told
+            self._worker.spawn_task(self.limit(self.clock.quotas))
         log.info("session started", session=self.id, user=self._login.user.name, address=self._login.address)
 
     async def _limit_reached(self) -> str | None:

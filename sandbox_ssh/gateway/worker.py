@@ -150,7 +150,7 @@ class Worker:
         try:
             reply, _ = await self.spawner.request(protocol.Capacity())
             effective = await quotas.effective(self.database, None, None, self.config.sandbox.quotas)
-            room = capacity.read(reply["users"], reply["open_files"], bounded(effective.values))
+            room = capacity.read(reply["users"], reply["rlimits"], bounded(effective.values))
             await nodes.set_capacity(self.database, self.node, asdict(room))
         except (SpawnerError, StoreError, OSError) as error:
             log.error("what this host can carry could not be noted", error=str(error))

@@ -33,6 +33,10 @@ class Leaf:
         """Raises `OSError` where the file is not there, for want of the controller or of a newer kernel."""
         return _read(self.directory, name)
 
+    def adopt(self, pid: int) -> None:
+        """Move a process here. Waits for an RCU grace period of 5 to 25 ms: for a child, not for the spawner."""
+        _write_at(self.directory, "cgroup.procs", str(pid))
+
     def number(self, name: str, key: str = "") -> int:
         """A file's number, or the one beside `key`; 0 where there is none."""
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -46,7 +50,12 @@ class Cgroups:
 
     def __init__(self) -> None:
         self._root = _subtree(f"{_PREFIX}{os.getpid()}")
+        self._leaves: list[str] = []
         self._controllers = frozenset(_read(self._root, "cgroup.subtree_control").split() if self._root else ())
+
+    @property
+    def hold_anything(self) -> bool:
+        return bool(self._controllers)
 
     @property
     def hold_memory(self) -> bool:
@@ -57,18 +66,26 @@ class Cgroups:
         if self._root is None:
             return None
         path = f"t{tenant}/u{user}/{sandbox}"
-        for parent, limits in ((f"t{tenant}", tenant_limits), (f"t{tenant}/u{user}", user_limits)):
+        while path in self._leaves:
+            path += "+"  # that of a first attempt is on its way out
+        self._leaves.append(path)
+        try:
+            for parent, limits in ((f"t{tenant}", tenant_limits), (f"t{tenant}/u{user}", user_limits)):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(parent, dir_fd=self._root)
+                    if self._controllers:
+                        enabled = " ".join(f"+{controller}" for controller in self._controllers)
+                        _write_at(self._root, f"{parent}/cgroup.subtree_control", enabled)
+                self._limit(parent, limits)
             with contextlib.suppress(FileExistsError):
-                os.mkdir(parent, dir_fd=self._root)
-                if self._controllers:
-                    enabled = " ".join(f"+{controller}" for controller in self._controllers)
-                    _write_at(self._root, f"{parent}/cgroup.subtree_control", enabled)
-            self._limit(parent, limits)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, dir_fd=self._root)
-        if "memory" in self._controllers:
-            # Half a sandbox is no sandbox: the session ends, and says why.
-            _write_at(self._root, f"{path}/memory.oom.group", "1")
+                os.mkdir(path, dir_fd=self._root)
+            if "memory" in self._controllers:
+                # Half a sandbox is no sandbox: the session ends, and says why.
+                _write_at(self._root, f"{path}/memory.oom.group", "1")
+        except OSError:
+            self._leaves.remove(path)
+            self._remove_empty(path)
+            raise
         return Leaf(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._root))
 
     def limit(self, tenant: int, tenant_limits: Limits, user: int, user_limits: Limits) -> None:
@@ -81,7 +98,9 @@ class Cgroups:
     def _limit(self, path: str, limits: Limits) -> None:
         values: dict[str, str] = {}
         if "pids" in self._controllers:
-            values["pids.max"] = str(limits.get("processes", "max"))
+            # slirp4netns is the server's and not of the quota, which the holder keeps to the last process.
+            servers = sum(leaf.startswith(f"{path}/") for leaf in self._leaves)
+            values["pids.max"] = str(limits["processes"] + servers) if "processes" in limits else "max"
         if "memory" in self._controllers:
             values["memory.max"] = str(limits.get("memory", "max"))
             values["memory.swap.max"] = "0"
@@ -104,16 +123,21 @@ class Cgroups:
         try:
             os.rmdir(leaf.path, dir_fd=self._root)
         except FileNotFoundError:
-            return True
+            pass
         except OSError:
             with contextlib.suppress(OSError):
                 _write_at(leaf.directory, "cgroup.kill", "1")  # Linux 5.14
             return False
-        tenant, user, _ = leaf.path.split("/")
-        with contextlib.suppress(OSError):  # others live there
-            os.rmdir(f"{tenant}/{user}", dir_fd=self._root)
-            os.rmdir(tenant, dir_fd=self._root)
+        self._leaves.remove(leaf.path)
+        self._remove_empty(leaf.path)
         return True
+
+    def _remove_empty(self, path: str) -> None:
+        """Remove a leaf, and those above it, as far as they are empty."""
+        while path:
+            with contextlib.suppress(OSError):  # others live there, or it is not there
+                os.rmdir(path, dir_fd=self._root)
+            path = path.rpartition("/")[0]
 
 
 _SERVER = "server"  # the leaf that the server's own processes move to
@@ -150,9 +174,12 @@ def _subtree(name: str) -> int | None:
     except (OSError, StopIteration):
         return None
     for level in (above, directory):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the kernel without a controller, or the tree not ours to divide
             wanted = [c for c in _read(level, "cgroup.controllers").split() if c in ("cpu", "memory", "pids")]
             _write_at(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
+    with contextlib.suppress(OSError):
+        # Who lets people in goes before what those do who are in.
+        _write_at(above, f"{_SERVER}/cpu.weight", "1000")
     os.close(above)
     return directory
 

@@ -246,6 +246,7 @@ class Base:
                 # Linux before 6.3 does not map the owners of a tmpfs. With a copy there is nothing to overlay.
                 _copy_owned("lower", "upper", root)
                 sys.mount("upper", target, None, sys.MS_BIND)
+                self._make_room(layout, disk)
                 continue
             if unpacked and not mapped:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), "mapping the owners of the image's file system")
@@ -280,6 +281,14 @@ class Base:
         return Built(
             os.open("/dev/pts", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), disk, _post_notes(layout.notes, root)
         )
+
+    @staticmethod
+    def _make_room(layout: Layout, disk: int) -> None:
+        """What is there before the tenant is not of the tenant's quota: the tmpfs becomes as much larger."""
+        used = os.fstatvfs(disk)
+        size = layout.disk + (used.f_blocks - used.f_bfree) * used.f_frsize if layout.disk > 0 else 0
+        inodes = layout.inodes + used.f_files - used.f_ffree if layout.inodes > 0 else 0
+        sys.mount(None, ".", None, sys.MS_REMOUNT | _TMPFS & ~sys.MS_NOSUID, f"size={size},nr_inodes={inodes}")
 
     @staticmethod
     def _writable(name: str, mode: int, root: int) -> int:

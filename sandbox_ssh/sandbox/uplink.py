@@ -153,7 +153,7 @@ class Keeper:
             uplink.sandbox = sandbox
             self._used[sandbox] = uplink
             netlink_request(uplink.link, self._messages.veth_to(netns), "creating the veth pair")
-            self._say(type="attached", sandbox=sandbox)
+            self._say(type="attached", sandbox=sandbox, slirp=uplink.slirp)
         except (OSError, SandboxError) as error:
             self._release(sandbox)
             self._say(type="failed", sandbox=sandbox, message=str(error))
@@ -405,15 +405,15 @@ class UplinkClient:
     def __init__(self, loop: Loop, channel: socket.socket, on_died: Any, on_lost: Any) -> None:
         self._loop = loop
         self._channel = channel
-        self._waiting: dict[str, Future[None]] = {}
+        self._waiting: dict[str, Future[int]] = {}
         self._counting: dict[str, Future[tuple[int, int]]] = {}
         self._on_died = on_died
         self._on_lost = on_lost
         loop.add_reader(channel.fileno(), self._receive)
 
-    def attach(self, sandbox: str, netns: int) -> Future[None]:
-        """Give a net namespace a tap0 with an uplink; fails with `SandboxError`."""
-        future: Future[None] = Future()
+    def attach(self, sandbox: str, netns: int) -> Future[int]:
+        """Give a net namespace a tap0 with an uplink; slirp4netns's pid, or fails with `SandboxError`."""
+        future: Future[int] = Future()
         self._waiting[sandbox] = future
         self._send([netns], type="attach", sandbox=sandbox)
         return future
@@ -472,6 +472,6 @@ class UplinkClient:
         if future is None:
             return
         if message["type"] == "attached":
-            future.set(None)
+            future.set(message["slirp"])
         else:
             future.fail(SandboxError(message["message"]))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from sandbox_ssh.sandbox.cgroup import Leaf
 from sandbox_ssh.sandbox.limits import NAMESPACES
 
-_MOST_READ = 256  # processes of one sandbox that are looked at: the spawner has one thread for everybody
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -33,8 +32,15 @@ class Usage:
     """Kind -> how many the sandbox's processes are in; one that only a descriptor or a mount holds is not seen."""
 
 
-def measure(leaf: Leaf | None, proc: int, disk: int, pts: int) -> Usage:
-    """Measure a live sandbox; `proc` and `disk` are descriptors of its procfs and of the file system it writes to."""
+def processes(proc: int) -> int:
+    return len(_pids(proc))
+
+
+def measure(leaf: Leaf | None, proc: int, disk: int, pts: int, servers: int) -> Usage:
+    """Measure a live sandbox; `proc` and `disk` are descriptors of its procfs and of the file system it writes to.
+
+    `servers`: how many processes of the server's are in its cgroup.
+    """
     used = Usage()
     _files(used, disk)
     used.ptys = _entries(pts) - 1  # ptmx
@@ -45,7 +51,7 @@ def measure(leaf: Leaf | None, proc: int, disk: int, pts: int) -> Usage:
     used.cpu_seconds = leaf.number("cpu.stat", "usage_usec") / 1e6
     used.memory_peak_bytes = leaf.number("memory.peak")  # Linux 5.19
     used.memory_bytes = leaf.number("memory.current")
-    used.processes = leaf.number("pids.current") or _count(proc)
+    used.processes = max(0, leaf.number("pids.current") - servers) or processes(proc)
     if not used.memory_bytes:
         used.memory_bytes = _memory(proc)
     return used
@@ -74,25 +80,22 @@ def _pids(proc: int) -> list[str]:
     return []
 
 
-def _count(proc: int) -> int:
-    return len(_pids(proc))
-
-
 def _namespaces(proc: int) -> dict[str, int]:
     """Those of the server's own are not counted: a sandbox has no time namespace until its tenant makes one."""
-    pids = _pids(proc)[:_MOST_READ]
+    pids = _pids(proc)
     found: dict[str, set[str]] = {}
     for kind in NAMESPACES:
         for pid in pids:
             with contextlib.suppress(OSError):  # it has ended
                 found.setdefault(kind, set()).add(os.readlink(f"{pid}/ns/{kind}", dir_fd=proc))
+    # A kernel without a kind of namespaces has found none of it.
     return {kind: len(names - {os.readlink(f"/proc/self/ns/{kind}")}) for kind, names in found.items()}
 
 
 def _memory(proc: int) -> int:
     """What processes have for themselves: resident and not shared (proc(5), /proc/PID/statm)."""
     total = 0
-    for pid in _pids(proc)[:_MOST_READ]:
+    for pid in _pids(proc):
         fields = _read(proc, f"{pid}/statm").split()
         if len(fields) > 2:
             total += (int(fields[1]) - int(fields[2])) * _PAGE
@@ -104,7 +107,7 @@ def _processes(used: Usage, proc: int) -> None:
     pids = _pids(proc)
     used.processes = len(pids)
     ticks = 0
-    for pid in pids[:_MOST_READ]:
+    for pid in pids:
         fields = _read(proc, f"{pid}/stat").rpartition(b")")[2].split()
         if len(fields) > 14:
             ticks += sum(map(int, fields[11:15]))

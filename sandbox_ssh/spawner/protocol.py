@@ -108,8 +108,12 @@ def _limits(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() <= LIMITS
-        and all(_integer(0, 2**62)(number) for number in value.values())
+        and all(_integer(*_RANGES.get(key, (0, 2**62)))(number) for key, number in value.items())
     )
+
+
+# What the kernel would not take of a cgroup, or no process could begin under.
+_RANGES = {"processes": (1, 2**62), "memory": (1, 2**62), "cpu": (10, 2**62 // 10**5), "cpu_weight": (1, 10_000)}
 
 
 LIMITS = frozenset({
@@ -258,7 +262,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Reply: `users`, for how many at once there are host ids, and `open_files`, the spawner's own hard limit."""
+    """Reply: `users`, for how many at once there are host ids, and `rlimits`, the spawner's own (`capacity`)."""
 
     type: ClassVar[str] = "capacity"
     checks: ClassVar[dict[str, Check]] = {}

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import signal
 import socket
 import sys as _sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sandbox_ssh import capacity
 from sandbox_ssh.errors import ProtocolError, SandboxError
 from sandbox_ssh.sandbox import cgroup, namespaces, process
 from sandbox_ssh.sandbox.holder import Holder, Holders
@@ -30,13 +33,15 @@ from sandbox_ssh.sandbox.loop import Future, Loop
 from sandbox_ssh.sandbox.namespaces import NAMESPACES
 from sandbox_ssh.sandbox.rootfs import HOST_IMAGE, Layout, write_notes
 from sandbox_ssh.sandbox.uplink import UplinkClient
-from sandbox_ssh.sandbox.usage import Usage, measure
+from sandbox_ssh.sandbox.usage import Usage, measure, processes
 from sandbox_ssh.spawner import protocol
 from sandbox_ssh.spawner.protocol import Capacity, Create, Destroy, Limit, Measure, Note, Request, Signal, Spawn
 
 CREATE_TIMEOUT = 20.0
 MAX_CHANNELS = 64  # of one sandbox at a time
 MAX_SANDBOXES = 4096  # of one connection: no host carries more, and a gateway that was taken over is to stop somewhere
+MAX_CONNECTIONS = 256  # of gateways: there are as many as workers
+FEW = 64  # processes of a sandbox that are looked at here; more by a child, for there is one thread for everybody
 MAX_UNSENT = 1000  # messages that a connection has not read: then it is hung or hostile
 # The kernel frees namespaces some time after their last process: at a limit, the one before may still be counted.
 AGAIN = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -72,6 +77,8 @@ class Sandbox:
     memory_peak: int = 0
     network_in: int = 0
     network_out: int = 0
+    servers: int = 0
+    """Processes of the server's in its cgroup."""
     last: Usage = field(default_factory=Usage)
     leaving: bool = False
     told: bool = True
@@ -86,9 +93,11 @@ class Sandbox:
         self.network_in = max(self.network_in, counted[0])
         self.network_out = max(self.network_out, counted[1])
 
-    def measure(self) -> Message:
-        """What it uses; once its PID 1 is gone, what it has used in all."""
-        used = measure(self.cgroup, self.proc, self.disk, self.pts)
+    def look(self) -> Usage:
+        return measure(self.cgroup, self.proc, self.disk, self.pts, self.servers)
+
+    def measure(self, used: Usage) -> Message:
+        """What it uses, for one who has looked; once its PID 1 is gone, what it has used in all."""
         if self.cgroup is None:
             # Time is of the living, and of those whose parent is the spawner; a child's goes to who waits for it.
             used.cpu_seconds += self.cpu_seconds
@@ -123,6 +132,7 @@ class Connection:
         self._unsent: deque[bytes] = deque()
         self.sandboxes: dict[str, Sandbox] = {}
         self.open = True
+        spawner.connections.add(self)
         channel.setblocking(False)
         self._loop.add_reader(channel.fileno(), self._readable)
 
@@ -130,6 +140,7 @@ class Connection:
         if not self.open:
             return
         self.open = False
+        self._spawner.connections.discard(self)
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_writer(self._channel.fileno())
         self._channel.close()
@@ -174,6 +185,9 @@ class Connection:
             reply, streams = {"error": refusal.code, "message": str(refusal)}, None
         except (OSError, SandboxError) as error:
             reply, streams = {"error": _code(error), "message": _sentence(error)}, None
+        except Exception as error:  # one that nobody thought of must not be the end of all sandboxes
+            _log(f"a request {request.type} failed: {traceback.format_exc()}")
+            reply, streams = {"error": "failed", "message": f"{type(error).__name__}; see the server's log"}, None
         self.send({"reply": number, **reply}, fds)
         if streams is not None:
             streams.close()
@@ -230,20 +244,28 @@ class Spawner:
         self._cgroups = cgroups
         self._gateway_uid = gateway_uid
         self._names: dict[str, Sandbox] = {}
+        self.connections: set[Connection] = set()
         self._uplinks = UplinkClient(loop, keeper, self._uplink_died, self._keeper_lost)
         listener.setblocking(False)
         loop.add_reader(listener.fileno(), self._accept)
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             channel, _ = self._listener.accept()
-            credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            uid = int.from_bytes(credentials[4:8], "little")
-            if uid not in (self._gateway_uid, os.getuid()):
-                _log(f"a connection of uid {uid} is refused: only the gateway's user {self._gateway_uid} may ask")
-                channel.close()
-                return
-            Connection(self, channel).send({"event": "hello"})
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of descriptors, say: it stays readable
+            _log(f"a gateway's connection is not accepted for a second: {error.strerror}")
+            self.loop.remove_reader(self._listener.fileno())
+            self.loop.call_later(1.0, lambda: self.loop.add_reader(self._listener.fileno(), self._accept))
+            return
+        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        uid = int.from_bytes(credentials[4:8], "little")
+        if uid not in (self._gateway_uid, os.getuid()) or len(self.connections) >= MAX_CONNECTIONS:
+            _log(f"a connection of uid {uid} is refused: {MAX_CONNECTIONS} of uid {self._gateway_uid} are accepted")
+            channel.close()
+            return
+        Connection(self, channel).send({"event": "hello"})
 
     def _keeper_lost(self) -> None:
         _log("the keeper of uplinks has died; the spawner ends, and its parent starts both again")
@@ -271,7 +293,7 @@ class Spawner:
                 self.end(self._own(connection, request.sandbox), "destroyed")
                 return {}, None
             case Limit():
-                self._limit(request)
+                await self._limit(request)
                 return {}, None
             case Note():
                 sandbox = self._own(connection, request.sandbox)
@@ -281,7 +303,7 @@ class Spawner:
             case Measure():
                 return await self._measure(self._own(connection, request.sandbox)), None
             case Capacity():
-                return {"users": self._plan.users, "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1]}, None
+                return {"users": self._plan.users, "rlimits": capacity.own_rlimits()}, None
 
     def _own(self, connection: Connection, name: str) -> Sandbox:
         sandbox = connection.sandboxes.get(name)
@@ -309,7 +331,8 @@ class Spawner:
             try:
                 return await make(number == 0)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                # The clone that makes all of a sandbox's namespaces; a file system that is full stays so.
+                if error.errno != errno.ENOSPC or not str(error.filename).startswith(("clone", "unshare")):
                     raise
             await self.loop.sleep(pause)
         return await make(False)
@@ -355,7 +378,8 @@ class Spawner:
             try:
                 self._adopt_init(sandbox, int(text[1:]))
                 if sandbox.network:
-                    await self._uplinks.attach(sandbox.name, netns)
+                    slirp = await self._uplinks.attach(sandbox.name, netns)
+                    self.loop.start(self._adopt_slirp(sandbox, slirp))
             finally:
                 os.close(netns)
             channel.send(b"+")
@@ -373,11 +397,54 @@ class Spawner:
     async def _measure(self, sandbox: Sandbox) -> Message:
         if sandbox.network and sandbox.state == "running":
             sandbox.add_network(await self._uplinks.count(sandbox.name))
-        return sandbox.measure()
+        if sandbox.proc < 0 or processes(sandbox.proc) <= FEW:
+            return sandbox.measure(sandbox.look())
+        text = await self._in_child(lambda: json.dumps(asdict(sandbox.look())).encode())
+        return sandbox.measure(Usage(**json.loads(text)) if text else sandbox.last)
 
-    def _limit(self, request: Limit) -> None:
+    async def _limit(self, request: Limit) -> None:
         self._holders.limit(request.user, request.tenant, request.user_limits, request.tenant_limits)
-        self._cgroups.limit(request.tenant, request.tenant_limits, request.user, request.user_limits)
+        if self._cgroups.hold_anything:
+
+            def write() -> bytes:
+                self._cgroups.limit(request.tenant, request.tenant_limits, request.user, request.user_limits)
+                return b"+"
+
+            # Whoever lowers memory.max reclaims, and waits for the OOM killer (mm/memcontrol.c, memory_max_write).
+            if not await self._in_child(write):
+                raise SandboxError("the limits of a cgroup could not be changed")
+
+    async def _adopt_slirp(self, sandbox: Sandbox, pid: int) -> None:
+        """What the network costs is the sandbox's: its processor time, and memory for its connections."""
+        leaf = sandbox.cgroup
+        if leaf is not None and self._cgroups.hold_anything:
+
+            def move() -> bytes:
+                leaf.adopt(pid)
+                return b"+"
+
+            sandbox.servers = len(await self._in_child(move))
+
+    async def _in_child(self, work: Callable[[], bytes]) -> bytes:
+        """Have a child do what takes long or waits; its answer of at most 64 KiB, empty where it failed."""
+        read, write = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.write(write, work())
+                finally:
+                    os._exit(0)
+        finally:
+            os.close(write)
+        self.loop.on_exit(pid, lambda *_: None)
+        try:
+            await self.loop.readable(read, CREATE_TIMEOUT)
+            return os.read(read, 65536)
+        except TimeoutError:
+            return b""
+        finally:
+            os.close(read)
 
     def _adopt_init(self, sandbox: Sandbox, pid: int) -> None:
         sandbox.init = pid
@@ -501,7 +568,7 @@ class Spawner:
         sandbox.leaving = True
         if sandbox.network:
             sandbox.add_network(await self._uplinks.release(sandbox.name))
-        used = sandbox.measure()
+        used = sandbox.measure(sandbox.look())
         sandbox.close()
         self.loop.start(self._remove_cgroup(sandbox.cgroup))
         self._holders.let_go(sandbox.holder)
@@ -545,6 +612,8 @@ def _code(error: Exception) -> str:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not str(error.filename).startswith("clone"):
+        return f"no room for the sandbox's own files ({error.filename}): its quotas `disk` and `inodes` are too small"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EUSERS):
         return (
             f"a limit on namespaces is reached ({error.filename}): your user's or your tenant's quota, see `quota` in "

@@ -131,11 +131,16 @@ async def change(
     enabled: bool | None = None,
     by: str,
 ) -> User:
-    """Change what is not None. Raises `NotFoundError` for the user or the tenant."""
+    """Change what is not None.
+
+    Raises `NotFoundError` for the user or the tenant, `StoreError` for a move while there are live sessions: they are
+    held by the limits of the tenant that they began in, and more could begin in the other.
+    """
     async with database.write() as transaction:
         user = await _get(transaction, name)
         detail: dict[str, object] = {"by": by}
         if tenant is not None:
+            await _require_no_sessions(transaction, user)
             detail["tenant"] = [user.tenant.name, tenant]
             user.tenant = await get_tenant(transaction, tenant)
         if role is not None:
@@ -164,11 +169,7 @@ async def remove(database: Database, name: str, *, by: str) -> None:
     """
     async with database.write() as transaction:
         user = await _get(transaction, name)
-        query = select(Session.id).where(Session.user_id == user.id, Session.state.in_(LIVE))
-        live = (await transaction.scalars(query)).all()
-        if live:
-            numbers = " ".join(map(str, live))
-            raise StoreError(f"{name} has live sessions: end them with `sandbox-ssh session kill {numbers}` first")
+        await _require_no_sessions(transaction, user)
         await transaction.delete(user)
         await audit.note(transaction, "user-removed", user=name, tenant=user.tenant.name, detail={"by": by})
 
@@ -233,3 +234,11 @@ async def _add_keys(transaction: AsyncSession, user: User, keys: Sequence[Key]) 
         if added is not None:
             new.append(key)
     return new
+
+
+async def _require_no_sessions(transaction: AsyncSession, user: User) -> None:
+    query = select(Session.id).where(Session.user_id == user.id, Session.state.in_(LIVE))
+    live = (await transaction.scalars(query)).all()
+    if live:
+        numbers = " ".join(map(str, live))
+        raise StoreError(f"{user.name} has live sessions: end them with `sandbox-ssh session kill {numbers}` first")
