@@ -18,6 +18,9 @@ from pathlib import Path
 from sandbox_ssh.sandbox.limits import Limits
 
 _PERIOD = 100_000  # microseconds, cpu.max's default
+_LATELY = 10.0  # seconds that CPU use is averaged over
+_LITTLE = 0.1  # cores, for which nobody is called busy
+_YIELD = 10  # a busy one's share is divided by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,11 @@ class Cgroups:
         self._root = _subtree(f"{_PREFIX}{os.getpid()}")
         self._leaves: list[str] = []
         self._controllers = frozenset(_read(self._root, "cgroup.subtree_control").split() if self._root else ())
+        self._weights: dict[str, int] = {}
+        """Of each tenant and user, the quota `cpu_weight`."""
+        self._used: dict[str, tuple[int, float]] = {}
+        """Microseconds of CPU at the last look, and cores lately."""
+        self._busy: set[str] = set()
 
     @property
     def hold_anything(self) -> bool:
@@ -107,11 +115,55 @@ class Cgroups:
         if "cpu" in self._controllers:
             cpu = limits.get("cpu")
             values["cpu.max"] = f"{'max' if cpu is None else cpu * _PERIOD // 1000} {_PERIOD}"
-            values["cpu.weight"] = str(limits.get("cpu_weight", 100))
+            self._weights[path] = limits.get("cpu_weight", 100)
+            values["cpu.weight"] = self._weight(path)
         assert self._root is not None
         for name, value in values.items():
             with contextlib.suppress(FileNotFoundError):  # memory.swap.max: a kernel without swap
                 _write_at(self._root, f"{path}/{name}", value)
+
+    def note(self, tenant: int, tenant_limits: Limits, user: int, user_limits: Limits) -> None:
+        """Know the shares that a child is about to write with `limit`."""
+        for path, limits in ((f"t{tenant}", tenant_limits), (f"t{tenant}/u{user}", user_limits)):
+            if path in self._weights:
+                self._weights[path] = limits.get("cpu_weight", 100)
+
+    def _weight(self, path: str) -> str:
+        weight = self._weights[path]
+        return str(max(1, weight // _YIELD) if path in self._busy else weight)
+
+    def balance(self, seconds: float) -> None:
+        """Let tenants, and users of a tenant, who were busy lately yield to those who were not.
+
+        Else whoever logs in beside a busy neighbour would wait half of the time. Among the busy, and among the others,
+        `cpu_weight` counts as ever. To be called every few `seconds`.
+        """
+        siblings: dict[str, list[str]] = {}
+        for path in list(self._weights):
+            if self._look(path, seconds):
+                siblings.setdefault(os.path.dirname(path), []).append(path)
+        for paths in siblings.values():
+            most = max(self._used[path][1] for path in paths)
+            busy = {path for path in paths if self._used[path][1] > max(_LITTLE, most / 2)}
+            for path in busy ^ self._busy.intersection(paths):
+                self._busy ^= {path}
+                with contextlib.suppress(OSError):  # it has just gone
+                    assert self._root is not None
+                    _write_at(self._root, f"{path}/cpu.weight", self._weight(path))
+
+    def _look(self, path: str, seconds: float) -> bool:
+        """Note what a tenant or user has used; False where it is gone."""
+        assert self._root is not None
+        try:
+            used = int(_read(self._root, f"{path}/cpu.stat").split()[1])  # usage_usec
+        except OSError:
+            del self._weights[path]
+            self._used.pop(path, None)
+            self._busy.discard(path)
+            return False
+        before, lately = self._used.get(path, (used, 0.0))
+        self._used[path] = used, lately + (seconds / _LATELY) * ((used - before) / 1e6 / seconds - lately)
+        return True
 
     def remove(self, leaf: Leaf | None) -> bool:
         """Kill what is left and remove the cgroup, and those above it that are empty now.
@@ -179,7 +231,7 @@ def _subtree(name: str) -> int | None:
             _write_at(level, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in wanted))
     with contextlib.suppress(OSError):
         # Who lets people in goes before what those do who are in.
-        _write_at(above, f"{_SERVER}/cpu.weight", "1000")
+        _write_at(above, f"{_SERVER}/cpu.weight", "10000")
     os.close(above)
     return directory
 

@@ -38,6 +38,7 @@ from sandbox_ssh.spawner import protocol
 from sandbox_ssh.spawner.protocol import Capacity, Create, Destroy, Limit, Measure, Note, Request, Signal, Spawn
 
 CREATE_TIMEOUT = 20.0
+BALANCE_INTERVAL = 1.0  # seconds between two looks at who is busy
 MAX_CHANNELS = 64  # of one sandbox at a time
 MAX_SANDBOXES = 4096  # of one connection: no host carries more, and a gateway that was taken over is to stop somewhere
 MAX_CONNECTIONS = 256  # of gateways: there are as many as workers
@@ -92,6 +93,11 @@ class Sandbox:
     def add_network(self, counted: tuple[int, int]) -> None:
         self.network_in = max(self.network_in, counted[0])
         self.network_out = max(self.network_out, counted[1])
+
+    def cause(self, seen: str) -> str:
+        """What ended it, where something has died: the OOM killer takes the whole cgroup, one after the other."""
+        killed = self.cgroup is not None and self.cgroup.number("memory.events", "oom_kill")
+        return "out-of-memory" if killed else seen
 
     def look(self) -> Usage:
         return measure(self.cgroup, self.proc, self.disk, self.pts, self.servers)
@@ -248,6 +254,11 @@ class Spawner:
         self._uplinks = UplinkClient(loop, keeper, self._uplink_died, self._keeper_lost)
         listener.setblocking(False)
         loop.add_reader(listener.fileno(), self._accept)
+        self._balance()
+
+    def _balance(self) -> None:
+        self._cgroups.balance(BALANCE_INTERVAL)
+        self.loop.call_later(BALANCE_INTERVAL, self._balance)
 
     def _accept(self) -> None:
         try:
@@ -274,7 +285,7 @@ class Spawner:
     def _uplink_died(self, name: str) -> None:
         sandbox = self._names.get(name)
         if sandbox is not None:
-            self.end(sandbox, "uplink-died")
+            self.end(sandbox, sandbox.cause("uplink-died"))
 
     # --- requests
 
@@ -405,6 +416,7 @@ class Spawner:
     async def _limit(self, request: Limit) -> None:
         self._holders.limit(request.user, request.tenant, request.user_limits, request.tenant_limits)
         if self._cgroups.hold_anything:
+            self._cgroups.note(request.tenant, request.tenant_limits, request.user, request.user_limits)
 
             def write() -> bytes:
                 self._cgroups.limit(request.tenant, request.tenant_limits, request.user, request.user_limits)
@@ -557,8 +569,7 @@ class Spawner:
         sandbox.init = 0
         sandbox.add(usage)
         if sandbox.state != "ending":
-            out_of_memory = sandbox.cgroup is not None and sandbox.cgroup.number("memory.events", "oom_kill")
-            sandbox.state, sandbox.reason = "ending", "out-of-memory" if out_of_memory else "init-died"
+            sandbox.state, sandbox.reason = "ending", sandbox.cause("init-died")
         if not sandbox.builder:
             self.loop.start(self._gone(sandbox))
 
