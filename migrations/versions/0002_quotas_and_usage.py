@@ -60,11 +60,12 @@ def extend_sessions() -> None:
     op.add_column("sessions", sa.Column("use", DOCUMENT))
     op.add_column("sessions", sa.Column("seconds", sa.Double()))
     # What admission counts: the live sessions of a user, a tenant, a node, whatever the number of the past ones.
-    for column in ("user_id", "tenant_id", "node"):
-        op.create_index(f"ix_sessions_live_{column}", "sessions", [column], sqlite_where=OPEN, postgresql_where=OPEN)
+    for columns in (["user_id"], ["tenant_id"], ["node", "user_id"]):
+        name = f"ix_sessions_live_{columns[0]}"
+        op.create_index(name, "sessions", columns, sqlite_where=OPEN, postgresql_where=OPEN)
     # And logins of the last hour.
-    op.create_index("ix_sessions_user_id_started_at", "sessions", ["user_id", "started_at"])
-    op.create_index("ix_sessions_tenant_id_started_at", "sessions", ["tenant_id", "started_at"])
+    for column in ("user_id", "tenant_id"):
+        op.create_index(f"ix_sessions_{column}_started_at_state", "sessions", [column, "started_at", "state"])
     op.drop_index("ix_sessions_user_id", "sessions")
     op.drop_index("ix_sessions_tenant_id", "sessions")
 
@@ -103,7 +104,12 @@ def downgrade() -> None:
     op.drop_column("nodes", "nested")
     op.create_index("ix_sessions_user_id", "sessions", ["user_id"])
     op.create_index("ix_sessions_tenant_id", "sessions", ["tenant_id"])
-    for name in ("user_id_started_at", "tenant_id_started_at", "live_user_id", "live_tenant_id", "live_node"):
+    for name in (
+        "live_user_id",
+        "live_tenant_id",
+        "live_node",
+        *(f"{owner}_id_started_at_state" for owner in ("user", "tenant")),
+    ):
         op.drop_index(f"ix_sessions_{name}", "sessions")
     op.drop_column("sessions", "refused_by")
     for name in (

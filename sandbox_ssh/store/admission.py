@@ -7,13 +7,26 @@ after the other, and each counts what the one before it has inserted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import Row, Select, and_, func, insert, select, true
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Insert,
+    Row,
+    Select,
+    bindparam,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 
 from sandbox_ssh import capacity
 from sandbox_ssh.errors import RefusedError, StoreError
@@ -24,9 +37,11 @@ from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import Node, Session, State, Tenant, Usage, User
 
 if TYPE_CHECKING:
-    from sqlalchemy import CursorResult, Table
+    from sqlalchemy import Table
 
 TABLE = cast("Table", Session.__table__)
+Wanted = tuple[tuple[str, str], ...]
+"""Keys of quotas, and the columns by which they are counted."""
 HOUR = timedelta(hours=1)
 
 
@@ -74,39 +89,41 @@ async def admit(database: Database, login: Login, profile: Mapping[str, int]) ->
 
     Raises `RefusedError` when that is committed, and `StoreError` when nothing could be recorded.
     """
-    async with database.write() as transaction:
-        node = await _lock(transaction, login)
-        rows = (
-            await transaction.execute(select(quotas.TABLE).where(quotas.owned_by(login.user.id, login.user.tenant_id)))
-        ).all()
-        effective = quotas.combine(rows, profile)
-        limits = _limits(login.user, effective)
-        counted = (await transaction.execute(_count(login, limits))).one()
-        refusal = await _refusal(transaction, login, node, limits, counted, effective)
-        number = await _insert(transaction, login, refusal)
-        if refusal is not None:
-            await _note(transaction, login, number, str(refusal))
+    decision = await database.transact(lambda connection: _decide(connection, login, profile))
+    if isinstance(decision, RefusedError):
+        raise decision
+    return decision
+
+
+def _decide(connection: Connection, login: Login, profile: Mapping[str, int]) -> Admitted | RefusedError:
+    owners = {"user_id": login.user.id, "tenant_id": login.user.tenant_id, "node": login.node}
+    rows = connection.execute(_LOCK, owners).all()
+    if not rows:
+        raise StoreError(f"node {login.node} is not registered, or the tenant of {login.user.name} was removed")
+    effective = quotas.combine(rows, profile)
+    limits = _limits(login.user, effective)
+    values = {**_row(login), "an_hour_ago": now() - HOUR, "today": now().date()}
+    counted, number = _enter(connection, tuple((limit.key, limit.column) for limit in limits), values)
+    until = functools.partial(_until, connection, effective, {**values, "number": number})
+    refusal = _refusal(login, rows[0], limits, counted, until)
     if refusal is not None:
-        raise refusal
-    used = {limit.key: _used(counted, i) for i, limit in enumerate(limits) if limit.column == "user_id"}
+        _refuse(connection, login, number, refusal, values)
+        return refusal
+    used = {limit.key: _used(counted, limit) for limit in limits if limit.column == "user_id"}
     return Admitted(number, effective, used)
 
 
-async def _lock(transaction: AsyncSession, login: Login) -> Row[Any]:
-    """What the node can carry, with the rows of node and tenant locked where a database has such locks.
-
-    Not FOR UPDATE: sessions refer to both rows, and inserting one would wait for as long (PostgreSQL, 13.3.2).
-    """
-    query = (
-        select(Node.capacity, Node.nested)
-        .join(Tenant, true())
-        .where(Node.name == login.node, Tenant.id == login.user.tenant_id)
-        .with_for_update(key_share=True)
-    )
-    row = (await transaction.execute(query)).first()
-    if row is None:
-        raise StoreError(f"node {login.node} is not registered, or the tenant of {login.user.name} was removed")
-    return row
+# The rows of quotas that have a say, and with each of them what the node can carry. The rows of node and tenant are
+# locked where a database has such locks. Not FOR UPDATE: sessions refer to both rows, and inserting one would wait for
+# as long (PostgreSQL, 13.3.2).
+_LOCK = (
+    select(Node.capacity, Node.nested, quotas.TABLE)
+    .select_from(Node)
+    .join(Tenant, true())
+    .join(quotas.TABLE, quotas.owned_by(bindparam("user_id"), bindparam("tenant_id")))
+    .where(Node.name == bindparam("node"), Tenant.id == bindparam("tenant_id"))
+    .with_for_update(key_share=True, of=(Node, Tenant))
+)
 
 
 def _limits(user: User, effective: quotas.Effective) -> list[_Limit]:
@@ -124,51 +141,78 @@ def _limits(user: User, effective: quotas.Effective) -> list[_Limit]:
     return found
 
 
-def _used(counted: Row[Any], number: int) -> int:
-    return int(getattr(counted, f"c{number}") or 0)
+def _enter(connection: Connection, wanted: Wanted, values: Mapping[str, Any]) -> tuple[Row[Any], int]:
+    """Write the row of a session that is let in, and count what is in use without it: while its fate is open, both
+    are for nobody else to see. On PostgreSQL in one statement, which does not see what it writes.
+    """
+    if connection.dialect.name == "postgresql":
+        counted = connection.execute(_count_and_insert(wanted), values).one()
+        return counted, counted.number
+    counted = connection.execute(_count(wanted), values).one()
+    row = {name: values[name] for name in _COLUMNS}
+    key = connection.execute(_INSERT, row).inserted_primary_key
+    assert key is not None
+    return counted, int(key[0])
 
 
-def _count(login: Login, limits: list[_Limit]) -> Select[Any]:
-    """One row: what is in use of each limit, and of the node."""
-    live = and_(TABLE.c.node == login.node, TABLE.c.ended_at.is_(None))
-    sandboxes = select(func.count()).select_from(TABLE).where(live)
-    others = select(func.count(TABLE.c.user_id.distinct())).where(live, TABLE.c.user_id != login.user.id)
-    return select(
-        sandboxes.scalar_subquery().label("sandboxes"),
-        others.scalar_subquery().label("users"),
-        *(_in_use(limit).label(f"c{i}") for i, limit in enumerate(limits)),
-    )
+def _used(counted: Row[Any], limit: _Limit) -> int:
+    return int(getattr(counted, f"{limit.key}_{limit.column}") or 0)
 
 
-def _in_use(limit: _Limit) -> Any:
-    mine = TABLE.c[limit.column] == limit.owner
-    if limit.key == "sessions":
-        return select(func.count()).select_from(TABLE).where(mine, TABLE.c.ended_at.is_(None)).scalar_subquery()
-    if limit.key == "logins_per_hour":
-        return select(func.count()).select_from(TABLE).where(_lately(limit)).scalar_subquery()
-    what = Usage.seconds if limit.key == "session_time_per_day" else Usage.network_in + Usage.network_out
-    today = and_(getattr(Usage, limit.column) == limit.owner, Usage.day == now().date())
-    return select(func.sum(what)).where(today).scalar_subquery()
+@functools.lru_cache
+def _count_and_insert(wanted: Wanted) -> Select[Any]:
+    new = insert(TABLE).values({name: bindparam(name) for name in _COLUMNS}).returning(TABLE.c.id).cte()
+    return _count(wanted).add_columns(new.c.id.label("number")).join(new, true())
 
 
-def _lately(limit: _Limit) -> Any:
-    return and_(TABLE.c[limit.column] == limit.owner, TABLE.c.started_at > now() - HOUR, TABLE.c.state != State.REFUSED)
+@functools.lru_cache
+def _count(wanted: Wanted) -> Select[Any]:
+    """One row: what is in use of the node, and of each limit.
+
+    Kept, for making such a statement takes longer than the database takes to answer it.
+    """
+    live = TABLE.c.node == bindparam("node"), TABLE.c.ended_at.is_(None)
+    others = func.count(TABLE.c.user_id.distinct()).filter(TABLE.c.user_id != bindparam("user_id"))
+    found: FromClause = select(func.count().label("sandboxes"), others.label("users")).where(*live).subquery()
+    for part, column in dict.fromkeys((_PARTS[key], column) for key, column in wanted):
+        found = found.join(part(column).subquery(), true())
+    return select(found)
 
 
-async def _refusal(
-    transaction: AsyncSession,
-    login: Login,
-    node: Row[Any],
-    limits: list[_Limit],
-    counted: Row[Any],
-    effective: quotas.Effective,
+def _live(column: str) -> Select[Any]:
+    mine = TABLE.c[column] == bindparam(column), TABLE.c.ended_at.is_(None)
+    return select(func.count().label(f"sessions_{column}")).where(*mine)
+
+
+def _logins(column: str) -> Select[Any]:
+    return select(func.count().label(f"logins_per_hour_{column}")).where(*_lately(column))
+
+
+def _lately(column: str) -> tuple[ColumnElement[bool], ...]:
+    mine = TABLE.c[column] == bindparam(column)
+    return mine, TABLE.c.started_at > bindparam("an_hour_ago"), TABLE.c.state != State.REFUSED
+
+
+def _today(column: str) -> Select[Any]:
+    sums: list[Any] = [
+        func.sum(Usage.seconds).label(f"session_time_per_day_{column}"),
+        func.sum(Usage.network_in + Usage.network_out).label(f"network_per_day_{column}"),
+    ]
+    return select(*sums).where(getattr(Usage, column) == bindparam(column), Usage.day == bindparam("today"))
+
+
+_PARTS = {"sessions": _live, "logins_per_hour": _logins, "session_time_per_day": _today, "network_per_day": _today}
+
+
+def _refusal(
+    login: Login, node: Row[Any], limits: list[_Limit], counted: Row[Any], until: Callable[[_Limit, int], str]
 ) -> RefusedError | None:
-    for i, limit in enumerate(limits):
-        used = _used(counted, i)
+    for limit in limits:
+        used = _used(counted, limit)
         if used >= limit.value != UNLIMITED:
-            until = await _until(transaction, limit, used, effective)
             amount = f"{render(limit.key, used)} of {render(limit.key, limit.value)}"
-            return RefusedError(limit.key, f"quota {limit.key} of {limit.of}: {amount} in use, until {until}")
+            reason = f"quota {limit.key} of {limit.of}: {amount} in use, until {until(limit, used)}"
+            return RefusedError(limit.key, reason)
     if (full := _full(login, node, counted)) is not None:
         return RefusedError("capacity", f"this server is full: {full} in use, until a session ends")
     return None
@@ -187,19 +231,22 @@ def _full(login: Login, node: Row[Any], counted: Row[Any]) -> str | None:
     return capacity.nested_left(node.capacity["limits"], counted.sandboxes, node.nested or {})
 
 
-async def _until(transaction: AsyncSession, limit: _Limit, used: int, effective: quotas.Effective) -> str:
+def _until(
+    connection: Connection, effective: quotas.Effective, values: Mapping[str, Any], limit: _Limit, used: int
+) -> str:
     """When the one who was refused may try again."""
     if limit.key == "sessions":
         # Only of the user's own sessions is it known how long they may last.
         length = effective.values["session_time"] if limit.column == "user_id" else UNLIMITED
         # Not min(): with it, SQLite walks all past sessions by their start.
-        live = select(TABLE.c.started_at).where(TABLE.c[limit.column] == limit.owner, TABLE.c.ended_at.is_(None))
-        started = min(await transaction.scalars(live)) if length != UNLIMITED else None
+        mine = TABLE.c[limit.column] == limit.owner, TABLE.c.ended_at.is_(None), TABLE.c.id != values["number"]
+        started = min(connection.scalars(select(TABLE.c.started_at).where(*mine))) if length != UNLIMITED else None
         latest = f", {_moment(started + timedelta(seconds=length))} at the latest" if started else ""
         return f"one of them ends{latest}"
     if limit.key == "logins_per_hour":
-        query = select(TABLE.c.started_at).where(_lately(limit)).order_by(TABLE.c.started_at)
-        started = await transaction.scalar(query.offset(used - limit.value).limit(1))
+        query = select(TABLE.c.started_at).where(*_lately(limit.column), TABLE.c.id != values["number"])
+        query = query.order_by(TABLE.c.started_at)
+        started = connection.scalar(query.offset(used - limit.value).limit(1), values)
         return _moment((started or now()) + HOUR)
     return _moment(datetime.combine(now().date() + timedelta(days=1), time(), UTC))
 
@@ -208,10 +255,16 @@ def _moment(when: datetime) -> str:
     return when.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-async def _insert(transaction: AsyncSession, login: Login, refusal: RefusedError | None) -> int:
-    """The table, not the model: the ORM would ask for the row again to make an object that nobody wants."""
-    started = now()
-    values: dict[str, Any] = {
+# The table, not the model: the ORM would ask for the row again to make an object that nobody wants.
+_INSERT = insert(TABLE)
+_COLUMNS = (
+    "user_id", "user_name", "tenant_id", "tenant_name", "node", "worker", "client_address", "client_port",
+    "client_version", "auth_method", "key_fingerprint", "image", "state", "started_at", "bytes_in", "bytes_out",
+)  # fmt: skip
+
+
+def _row(login: Login) -> dict[str, Any]:
+    return {
         "user_id": login.user.id,
         "user_name": login.user.name,
         "tenant_id": login.user.tenant_id,
@@ -225,22 +278,23 @@ async def _insert(transaction: AsyncSession, login: Login, refusal: RefusedError
         "key_fingerprint": login.key_fingerprint,
         "image": login.image,
         "state": State.STARTING,
-        "started_at": started,
+        "started_at": now(),
         "bytes_in": 0,
         "bytes_out": 0,
     }
-    if refusal is not None:
-        values |= {"state": State.REFUSED, "refused_by": refusal.key, "end_reason": str(refusal), "ended_at": started}
-        await usage.count_refused(transaction, values)
-    result = await transaction.execute(insert(TABLE), values)
-    key = cast("CursorResult[Any]", result).inserted_primary_key
-    assert key is not None
-    return int(key[0])
 
 
-async def _note(transaction: AsyncSession, login: Login, number: int, reason: str) -> None:
-    await audit.note(
-        transaction,
+def _refuse(
+    connection: Connection, login: Login, number: int, refusal: RefusedError, values: Mapping[str, Any]
+) -> None:
+    ended = {"state": State.REFUSED, "refused_by": refusal.key, "end_reason": str(refusal)}
+    connection.execute(update(TABLE).where(TABLE.c.id == number).values(**ended, ended_at=values["started_at"]))
+    connection.execute(usage.refused(connection, values))
+    connection.execute(_event(login, number, str(refusal)))
+
+
+def _event(login: Login, number: int, reason: str) -> Insert:
+    return audit.event(
         "session-refused",
         node=login.node,
         user=login.user.name,

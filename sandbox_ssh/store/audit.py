@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import Insert, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandbox_ssh.store.database import Database
@@ -42,13 +42,26 @@ async def note(
 ) -> None:
     """Write an event in the transaction of the change that it is about."""
     await transaction.execute(
-        insert(AuditEvent).values(
-            kind=kind,
-            node=node,
-            user_name=user,
-            tenant_name=tenant,
-            session_id=session,
-            address=address,
-            detail=detail,
-        )
+        event(kind, node=node, user=user, tenant=tenant, session=session, address=address, detail=detail)
+    )
+
+
+def event(
+    kind: str,
+    *,
+    node: str | None = None,
+    user: str | None = None,
+    tenant: str | None = None,
+    session: int | None = None,
+    address: str | None = None,
+    detail: dict[str, Any],
+) -> Insert:
+    return insert(AuditEvent).values(
+        kind=kind,
+        node=node,
+        user_name=user,
+        tenant_name=tenant,
+        session_id=session,
+        address=address,
+        detail=detail,
     )

@@ -3,6 +3,10 @@
 SQLite lets one write at a time; a second one polls for its turn with growing pauses (sqlite3_busy_timeout), which is
 slow and unfair when many clients log in at once. So the writers of one process queue for a lock first, and only
 processes (gateway workers, the command line) meet at the file.
+
+A driver for asyncio changes threads (aiosqlite, four times a statement) or turns the event loop (psycopg) for every
+answer, which costs more than the answer. `Database.transact` is for the transaction that a login waits for: it is done
+in one go, in another thread.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ import asyncio
 import contextlib
 import os
 import pwd
+import select
 import sqlite3
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,6 +30,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    DisconnectionError,
     IntegrityError,
     OperationalError,
     ProgrammingError,
@@ -43,6 +51,8 @@ CONNECT_TIMEOUT = 5
 
 UPGRADE = "run `sandbox-ssh db upgrade`"
 
+T = TypeVar("T")
+
 
 class Database:
     """One database. Use it from one event loop; `dispose` at the end."""
@@ -53,6 +63,11 @@ class Database:
         self._engine = create_async_engine(self._url.set(drivername=DRIVERS[dialect(self._url)]), **options(self._url))
         if dialect(self._url) == "sqlite":
             prepare_sqlite(self._engine.sync_engine)
+        # One is enough: logins of a node wait for each other's locks anyway.
+        self._thread = ThreadPoolExecutor(1, "transact")
+        self._blocking = blocking_engine(self._url, writes=True, pool_pre_ping=False)
+        if dialect(self._url) != "sqlite":
+            prepare_postgresql(self._blocking)
         self._read = async_sessionmaker(self._engine, expire_on_commit=False)
         self._write = async_sessionmaker(self._engine.execution_options(writes=True), expire_on_commit=False)
         self._writing: contextlib.AbstractAsyncContextManager[Any] = (
@@ -79,6 +94,31 @@ class Database:
             async with self._writing, self._write.begin() as session:
                 yield session
 
+    async def transact(self, work: Callable[[Connection], T]) -> T:
+        """`write`, as a function that runs in another thread; rolled back, too, when nobody waits for it any more.
+
+        Raises `StoreError` when the database does not answer or does not take it.
+        """
+        abandoned = threading.Event()
+
+        def run() -> T:
+            with self._blocking.begin() as connection:
+                result = work(connection)
+                if abandoned.is_set():
+                    raise StoreError("nobody waits for this transaction any more")
+                return result
+
+        with translated(self._url):
+            async with self._writing:
+                done = asyncio.get_running_loop().run_in_executor(self._thread, run)
+                try:
+                    return await asyncio.shield(done)
+                except asyncio.CancelledError:
+                    abandoned.set()
+                    await asyncio.wait([done])
+                    done.exception()  # has been seen
+                    raise
+
     async def check_schema(self) -> None:
         """Raises `StoreError` with the remedy when the database is out of reach or of another schema."""
         async with self.read() as session:
@@ -87,6 +127,8 @@ class Database:
 
     async def dispose(self) -> None:
         await self._engine.dispose()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._blocking.dispose)
+        self._thread.shutdown()
 
 
 def parse_url(url: str) -> URL:
@@ -157,6 +199,29 @@ def prepare_sqlite(engine: Engine) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
+def prepare_postgresql(engine: Engine) -> None:
+    """For few statements, often, that find rows by keys."""
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        # A plan that is kept is as good as one made for the values, which takes longer than the statement.
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.commit()
+
+    @event.listens_for(engine, "checkout")
+    def checked_out(_: Any, record: Any, __: Any) -> None:
+        # What pool_pre_ping is for, without asking: an idle connection has nothing to read but that it has ended.
+        driver = record.driver_connection
+        if driver.closed or _readable(driver.fileno()):
+            raise DisconnectionError("the server has ended this connection")
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 @contextlib.contextmanager
 def translated(url: URL) -> Any:
     """Turn errors of SQLAlchemy's and the driver's into one sentence."""
@@ -216,15 +281,19 @@ def _reason(error: Exception) -> str:
 SYNC_DRIVERS = {**DRIVERS, "sqlite": "sqlite+pysqlite"}
 
 
+def blocking_engine(url: URL, *, writes: bool, **changed: Any) -> Engine:
+    settings = {**options(url), **changed, "execution_options": {"writes": writes}}
+    engine = create_engine(url.set(drivername=SYNC_DRIVERS[dialect(url)]), **settings)
+    if dialect(url) == "sqlite":
+        prepare_sqlite(engine)
+    return engine
+
+
 @contextlib.contextmanager
 def connect(url: str, *, writes: bool = False) -> Iterator[Connection]:
     """One transaction. Raises `StoreError`."""
     parsed = parse_url(url)
-    engine = create_engine(
-        parsed.set(drivername=SYNC_DRIVERS[dialect(parsed)]), **options(parsed), execution_options={"writes": writes}
-    )
-    if dialect(parsed) == "sqlite":
-        prepare_sqlite(engine)
+    engine = blocking_engine(parsed, writes=writes)
     try:
         with translated(parsed), engine.begin() as connection:
             yield connection
@@ -278,8 +347,12 @@ def make_sqlite(file: str) -> None:
                 raise StoreError(f"the database {file} cannot be used: {error}") from error
 
 
-def insert_or(transaction: AsyncSession, model: type[Model]) -> sqlite.Insert | postgresql.Insert:
+def dialect_of(transaction: AsyncSession | Connection) -> str:
+    return (transaction if isinstance(transaction, Connection) else transaction.get_bind()).dialect.name
+
+
+def insert_or(transaction: AsyncSession | Connection, model: type[Model]) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that can say what to do on a conflict: the same words on both databases, but not in standard SQL."""
-    if transaction.get_bind().dialect.name == "sqlite":
+    if dialect_of(transaction) == "sqlite":
         return sqlite.insert(model)
     return postgresql.insert(model)

@@ -169,12 +169,13 @@ class Session(Model):
         Index(None, "client_address", "started_at"),
         Index(None, "node", "started_at"),
         Index(None, "state", "started_at"),
-        # For admission: logins of the last hour, and live sessions, whatever the number of past ones.
-        Index(None, "user_id", "started_at"),
-        Index(None, "tenant_id", "started_at"),
+        # For admission: logins of the last hour, and live sessions, whatever the number of past ones; with all that is
+        # asked for, so that the rows are left alone.
+        Index(None, "user_id", "started_at", "state"),
+        Index(None, "tenant_id", "started_at", "state"),
         *(
-            Index(f"ix_sessions_live_{column}", column, sqlite_where=_OPEN, postgresql_where=_OPEN)
-            for column in ("user_id", "tenant_id", "node")
+            Index(f"ix_sessions_live_{columns[0]}", *columns, sqlite_where=_OPEN, postgresql_where=_OPEN)
+            for columns in (("user_id",), ("tenant_id",), ("node", "user_id"))
         ),
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from sqlalchemy import ColumnElement, and_, false, or_, select, update
+from sqlalchemy import BindParameter, ColumnElement, and_, false, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandbox_ssh.errors import NotFoundError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row, Table
 
 TABLE = cast("Table", Quotas.__table__)
+Number = int | BindParameter[int]
 _OF_ALL = and_(TABLE.c.user_id.is_(None), TABLE.c.tenant_id.is_(None))
 
 
@@ -50,12 +51,12 @@ class Effective:
     """What is set for the tenant and binds the sum of its users."""
 
 
-def owned_by(user: int | None, tenant: int | None) -> ColumnElement[bool]:
+def owned_by(user: Number | None, tenant: Number | None) -> ColumnElement[bool]:
     """The rows that have a say for a user of a tenant."""
     return or_(_is(TABLE.c.user_id, user), _is(TABLE.c.tenant_id, tenant), _OF_ALL)
 
 
-def _is(column: ColumnElement[Any], number: int | None) -> ColumnElement[bool]:
+def _is(column: ColumnElement[Any], number: Number | None) -> ColumnElement[bool]:
     """Not `column == None`, which SQLAlchemy reads as IS NULL."""
     return false() if number is None else column == number
 
@@ -66,15 +67,12 @@ def combine(rows: Sequence[Row[Any]], profile: Mapping[str, int]) -> Effective:
     for row in rows:
         kind = "user" if row.user_id is not None else "tenant" if row.tenant_id is not None else "default"
         by_kind[kind] = dict(row._mapping)
-    values: dict[str, int] = {}
-    sources: dict[str, str] = {}
-    for key, quota in QUOTAS.items():
-        values[key], sources[key] = quota.default, "built-in"
-        for kind in ("user", "tenant", "profile", "default"):
-            value = by_kind.get(kind, {}).get(key)
-            if value is not None:
+    values = {key: quota.default for key, quota in QUOTAS.items()}
+    sources = dict.fromkeys(QUOTAS, "built-in")
+    for kind in ("default", "profile", "tenant", "user"):
+        for key, value in by_kind.get(kind, {}).items():
+            if value is not None and key in values:
                 values[key], sources[key] = value, kind
-                break
     own = by_kind.get("tenant", {})
     tenant = {key: own[key] for key in SUMMED if own.get(key, None) not in (None, UNLIMITED)}
     return Effective(values, sources, tenant)

@@ -50,7 +50,7 @@ async def refused(database: Database, number: int, reason: str) -> bool:
         )
         if moved:
             row = (await transaction.execute(select(usage.TABLE).where(usage.TABLE.c.id == number))).one()
-            await usage.count_refused(transaction, dict(row._mapping))
+            await transaction.execute(usage.refused(transaction, dict(row._mapping)))
             await audit.note(
                 transaction, "session-refused", node=row.node, user=row.user_name, tenant=row.tenant_name,
                 session=number, address=row.client_address, detail={"reason": reason},
@@ -97,13 +97,13 @@ async def recover(
     A worker that lives asks for those that it does not know (any more) and that started `before` some time.
     """
     ended = now()
-    query = select(usage.TABLE).where(usage.TABLE.c.state.in_(LIVE), usage.TABLE.c.node == node)
+    query = select(usage.TABLE).where(usage.TABLE.c.node == node, usage.TABLE.c.ended_at.is_(None))
     if worker is not None:
         query = query.where(usage.TABLE.c.worker == worker)
-    if before is not None:
-        query = query.where(usage.TABLE.c.started_at < before)
     async with database.write() as transaction:
-        rows = [row for row in await transaction.execute(query.with_for_update()) if row.id not in known]
+        live = (await transaction.execute(query.order_by(usage.TABLE.c.id).with_for_update())).all()
+        # Not in the query: with `started_at` in it, SQLite goes through all past sessions of the node.
+        rows = [row for row in live if row.id not in known and (before is None or row.started_at < before)]
         lost = [row.id for row in rows]
         if lost:
             # What they used after their last sample, nobody knows.

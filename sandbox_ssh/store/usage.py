@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, Row, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Connection, Insert, Row, bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sandbox_ssh.quotas import NAMESPACES
 from sandbox_ssh.store.columns import now
-from sandbox_ssh.store.database import Database, insert_or
+from sandbox_ssh.store.database import Database, dialect_of, insert_or
 from sandbox_ssh.store.models import Session, State, Usage
 
 if TYPE_CHECKING:
@@ -110,11 +110,13 @@ async def account(transaction: AsyncSession, rows: Iterable[Row[Any]], given: Ma
             line[name] += max(0, getattr(new, name) - (getattr(row, name) or 0))
         line["sessions"] += int(row.seconds is None)  # never told of before
         line["memory_peak_bytes"] = max(line["memory_peak_bytes"], new.memory_peak_bytes)
-    await _add(transaction, lines)
+    if lines:
+        await transaction.execute(_adding(transaction, lines))
 
 
-async def count_refused(transaction: AsyncSession, session: Mapping[str, Any]) -> None:
-    await _add(transaction, {(session["tenant_name"], session["user_name"]): {**_line(session), "refused": 1}})
+def refused(transaction: AsyncSession | Connection, session: Mapping[str, Any]) -> Insert:
+    """What counts a session that was refused."""
+    return _adding(transaction, {(session["tenant_name"], session["user_name"]): {**_line(session), "refused": 1}})
 
 
 def _line(session: Mapping[Any, Any]) -> dict[str, Any]:
@@ -122,21 +124,17 @@ def _line(session: Mapping[Any, Any]) -> dict[str, Any]:
     return {**who, **dict.fromkeys(SUMS, 0), "memory_peak_bytes": 0}
 
 
-async def _add(transaction: AsyncSession, lines: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+def _adding(transaction: AsyncSession | Connection, lines: Mapping[tuple[str, str], Mapping[str, Any]]) -> Insert:
     """In the order of names, so that no two that do this wait for each other's rows."""
-    if not lines:
-        return
     day = now().date()
     statement = insert_or(transaction, Usage).values([{"day": day, **lines[name]} for name in sorted(lines)])
     new = statement.excluded
-    higher = func.greatest if transaction.get_bind().dialect.name == "postgresql" else func.max
+    higher = func.greatest if dialect_of(transaction) == "postgresql" else func.max
     changed: dict[str, ColumnElement[Any]] = {name: getattr(Usage, name) + new[name] for name in SUMS}
     changed["memory_peak_bytes"] = higher(Usage.memory_peak_bytes, new.memory_peak_bytes)
     # A user of this name may have been removed and added again: the line is the new one's too.
     changed |= {"user_id": new.user_id, "tenant_id": new.tenant_id}
-    await transaction.execute(
-        statement.on_conflict_do_update(index_elements=["day", "user_name", "tenant_name"], set_=changed)
-    )
+    return statement.on_conflict_do_update(index_elements=["day", "user_name", "tenant_name"], set_=changed)
 
 
 async def of_user(database: Database, node: str, user: int, tenant: int) -> tuple[Together, Together]:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from sandbox_ssh.errors import StoreError
 from sandbox_ssh.store import migrate, users
@@ -80,6 +80,36 @@ async def test_a_cancelled_transaction_leaves_nothing(database: Database) -> Non
         assert await transaction.scalar(text("SELECT description FROM tenants")) == "Users of no other tenant"
 
 
+async def test_a_cancelled_function_leaves_nothing(database: Database) -> None:
+    written, cancelled = threading.Event(), threading.Event()
+
+    def half(connection: Connection) -> None:
+        connection.execute(text("UPDATE tenants SET description = 'half done'"))
+        written.set()
+        assert cancelled.wait(10)
+
+    task = asyncio.create_task(database.transact(half))
+    await asyncio.to_thread(written.wait, 10)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.1, cancelled.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await users.add(database, "alice", by="root")
+    async with database.read() as transaction:
+        assert await transaction.scalar(text("SELECT description FROM tenants")) == "Users of no other tenant"
+
+
+async def test_a_function_that_fails_leaves_nothing(database: Database) -> None:
+    def half(connection: Connection) -> None:
+        connection.execute(text("UPDATE tenants SET description = 'half done'"))
+        connection.execute(text("INSERT INTO nowhere VALUES (1)"))
+
+    with pytest.raises(StoreError):
+        await database.transact(half)
+    description = text("SELECT description FROM tenants")
+    assert await database.transact(lambda connection: connection.scalar(description)) == "Users of no other tenant"
+
+
 async def test_reading_goes_on_while_something_writes(database_url: str, database: Database) -> None:
     other = Database(database_url)
     async with other.write() as transaction:
@@ -91,6 +121,7 @@ async def test_reading_goes_on_while_something_writes(database_url: str, databas
 async def test_connections_that_the_server_closed_are_replaced(postgres_url: str) -> None:
     database = Database(postgres_url)
     assert await users.find(database, "alice") is None
+    assert await database.transact(lambda connection: connection.scalar(text("SELECT 1"))) == 1
     other = Database(postgres_url)
     async with other.write() as transaction:
         await transaction.execute(
@@ -98,6 +129,7 @@ async def test_connections_that_the_server_closed_are_replaced(postgres_url: str
                  " AND datname = current_database()")
         )  # fmt: skip
     assert await users.find(database, "alice") is None
+    assert await database.transact(lambda connection: connection.scalar(text("SELECT 1"))) == 1
     await database.dispose()
     await other.dispose()
 
@@ -106,5 +138,6 @@ async def test_nothing_is_left_open(sqlite_url: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     database = Database(sqlite_url)
     await users.find(database, "alice")
+    await database.transact(lambda connection: connection.scalar(text("SELECT 1")))
     await database.dispose()
     assert set(os.listdir("/proc/self/fd")) <= before

@@ -117,6 +117,7 @@ async def test_past_sessions_are_left_alone(database: Database, database_url: st
         assert await quotas.revision(database) == 5
         await usage.sample(database, "one", [Sample(number, use={"processes": 1}) for number in numbers])
         await nodes.count_nested(database, "one")
+        assert await sessions.recover(database, "one", 0, known=numbers, before=now() + timedelta(hours=1)) == 0
     asked = [one for one in statements if one[0].startswith(("SELECT", "UPDATE", "WITH"))]
     with connect(database_url) as connection:
         found = {statement: reads(connection, statement, values) for statement, values in asked}
