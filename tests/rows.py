@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from sandbox_ssh.store import admission, sessions
 from sandbox_ssh.store.columns import now
 from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import User
 from sandbox_ssh.store.usage import Sample
+
+T = TypeVar("T")
 
 UNBOUNDED: Mapping[str, int] = {"sessions": -1}
 """A profile for tests that are not about quotas."""
@@ -32,3 +35,16 @@ async def close(database: Database, number: int, reason: str = "exit", exit_stat
     return await sessions.close(
         database, number, reason=reason, exit_status=exit_status, used=Sample(number, **used), ended=now()
     )
+
+
+def do(database_url: str, work: Callable[[Database], Awaitable[T]]) -> T:
+    """Work with a database, for a test that is no coroutine."""
+
+    async def run() -> T:
+        database = Database(database_url)
+        try:
+            return await work(database)
+        finally:
+            await database.dispose()
+
+    return asyncio.run(run())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import TypeVar
 
 import pytest
 
@@ -19,19 +16,7 @@ from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.usage import Sample
 from tests import rows
 from tests.cli.conftest import Command
-
-T = TypeVar("T")
-
-
-def do(database_url: str, work: Callable[[Database], Awaitable[T]]) -> T:
-    async def run() -> T:
-        database = Database(database_url)
-        try:
-            return await work(database)
-        finally:
-            await database.dispose()
-
-    return asyncio.run(run())
+from tests.rows import do
 
 
 async def live_session(database: Database) -> int:

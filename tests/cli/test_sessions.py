@@ -7,9 +7,8 @@ import os
 import pwd
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from sqlalchemy import update
@@ -20,8 +19,7 @@ from sandbox_ssh.store.database import Database
 from sandbox_ssh.store.models import Session, State
 from tests import rows
 from tests.cli.conftest import Command
-
-T = TypeVar("T")
+from tests.rows import do
 
 CONTRACT = {
     "id", "tenant", "user", "node", "state", "end_reason", "client_address", "client_version", "auth_method",
@@ -29,17 +27,6 @@ CONTRACT = {
     "memory_peak_bytes", "namespaces", "init_pid", "channels",
 }  # fmt: skip
 HOSTILE = "SSH-2.0-\x1b]0;owned\x07[bold]\u202e\x9b2J"
-
-
-def do(database_url: str, work: Callable[[Database], Awaitable[T]]) -> T:
-    async def run() -> T:
-        database = Database(database_url)
-        try:
-            return await work(database)
-        finally:
-            await database.dispose()
-
-    return asyncio.run(run())
 
 
 async def admit(database: Database, name: str = "alice", **changed: Any) -> int:
